@@ -1,0 +1,1 @@
+"""jaxengine: a JAX/XLA-first engine for running large language models."""
