@@ -1,0 +1,10 @@
+"""Ragged paged attention: one public op, one implementation per platform."""
+
+from jaxengine.pallas_kernels.ragged_paged_attention.api import (
+    AttentionMetadata,
+    cache_shape,
+    make_cache,
+    ragged_paged_attention,
+)
+
+__all__ = ["AttentionMetadata", "cache_shape", "make_cache", "ragged_paged_attention"]
