@@ -1,0 +1,103 @@
+"""The engine's configuration: frozen dataclasses, resolved once at start-up and passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from jaxengine.models.config import ModelConfig
+
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What bounds a step, and who goes first.
+
+    Attributes:
+        max_num_seqs: Requests running at once: rows of the device state.
+        max_num_batched_tokens: Tokens of one step at most.
+        max_model_len: Prompt and output tokens of one request at most.
+        policy: "fcfs" (first come, first served) or "priority" (lower `Request.priority` first, ties by arrival time).
+        enable_chunked_prefill: Whether a prompt may be split over several steps.
+        long_prefill_token_threshold: Prompt tokens of one request in one step at most; 0: no such limit.
+        async_scheduling: Whether the engine schedules a step before it knows the tokens of the one before.
+
+    Raises:
+        ValueError: A field is out of range, or a step cannot hold what the other fields ask for.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    policy: SchedulingPolicy = "fcfs"
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    async_scheduling: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_model_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("long_prefill_token_threshold", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.policy not in get_args(SchedulingPolicy):
+            raise ValueError(f"policy={self.policy!r}: must be one of {get_args(SchedulingPolicy)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_num_seqs="
+                f"{self.max_num_seqs}, so that every running request can decode one token in every step"
+            )
+        if not self.enable_chunked_prefill:
+            if self.max_num_batched_tokens < self.max_model_len:
+                raise ValueError(
+                    f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_model_len="
+                    f"{self.max_model_len} when enable_chunked_prefill=False, so that every prompt fits in one step"
+                )
+            if self.long_prefill_token_threshold:
+                raise ValueError(
+                    f"long_prefill_token_threshold={self.long_prefill_token_threshold}: must be 0 when "
+                    "enable_chunked_prefill=False"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine needs to know, resolved; `EngineArgs.resolve()` makes it.
+
+    Attributes:
+        model: The architecture.
+        scheduler: What bounds a step.
+        dtype: Dtype of weights and activations.
+        kv_cache_dtype: Dtype of cached keys and values.
+        block_size: Tokens of a page.
+        num_pages: Pages of the KV cache; None sizes it from the memory.
+        kv_cache_memory_bytes: Memory of the KV cache; None takes what is left on the device.
+        gpu_memory_utilization: Share of the device's memory that the engine may take.
+        enable_prefix_caching: Whether requests share the pages of equal prefixes.
+        max_logprobs: Most `logprobs` or `prompt_logprobs` a request may ask for.
+        seed: Seed of requests that bring none.
+        logits_processors: Users' processors, compiled into the step.
+        warmup: "background" compiles all steps while the first already run; "full" waits for all of them; "none" compiles
+            each when it is first needed.
+        num_compile_threads: Threads that compile.
+    """
+
+    model: ModelConfig
+    scheduler: SchedulerConfig
+    dtype: str
+    kv_cache_dtype: str
+    block_size: int = 16
+    num_pages: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    max_logprobs: int = 20
+    seed: int = 0
+    logits_processors: tuple = ()
+    warmup: Literal["background", "full", "none"] = "background"
+    num_compile_threads: int = 2

@@ -1,0 +1,140 @@
+"""The loop: schedule, run, update. The host is one step ahead of the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
+from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.runner.input_batch import needs_full_sampler
+from jaxengine.runner.model_runner import ModelRunner, StepHandle
+from jaxengine.sampling.logprobs import Logprobs
+from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine started.
+
+    Attributes:
+        num_steps: Steps dispatched.
+        num_prompt_tokens: Tokens computed in chunks of prompts (recomputed ones again).
+        num_generation_tokens: Tokens sampled and kept.
+    """
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+
+
+class EngineCore:
+    """Requests in, tokens out. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.stats = EngineStats()
+        self._in_flight: tuple[ScheduledBatch, StepHandle] | None = None
+        self._num_full = 0  # unfinished requests that need the whole sampler
+        self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: See `Scheduler.add_request`.
+        """
+        self.scheduler.add_request(request)
+        self._num_full += needs_full_sampler(request.sampling_params)
+
+    def finish_request(
+        self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None
+    ) -> Request | None:
+        """Ends a request from outside the loop: aborted, or a stop string was found."""
+        request = self.scheduler.finish_request(request_id, status, stop_reason)
+        if request is not None:
+            self._forget(request)
+        return request
+
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests()
+
+    def step(self) -> list[SampledUpdate]:
+        """Dispatches one step and takes in the one before.
+
+        Returns:
+            What requests gained; may be empty while prompts are computed.
+        """
+        previous = self._in_flight or self._dispatch()
+        self._in_flight = self._dispatch() if self.scheduler.config.async_scheduling else None
+        return [] if previous is None else self._collect(*previous)
+
+    def drain(self) -> None:
+        """Waits for the step in flight, whose requests have all ended."""
+        if self._in_flight is not None:
+            self._collect(*self._in_flight)
+            self._in_flight = None
+
+    def _dispatch(self) -> tuple[ScheduledBatch, StepHandle] | None:
+        if not self.scheduler.has_unfinished_requests():
+            return None
+        batch = self.scheduler.schedule(self.runner.max_ready_tokens(full=self._num_full > 0))
+        if batch is None:
+            return None
+        self.stats.num_steps += 1
+        self.stats.num_prompt_tokens += sum(
+            s.num_new_tokens for s in batch.sequences if s.start < s.request.num_prompt_tokens
+        )
+        return batch, self.runner.execute(batch)
+
+    def _collect(self, batch: ScheduledBatch, handle: StepHandle) -> list[SampledUpdate]:
+        sampled, logprobs, prompt_logprobs = handle.result()
+        if prompt_logprobs is not None:
+            self._keep_prompt_logprobs(batch, handle.row_starts(), prompt_logprobs)
+        updates = []
+        for update in self.scheduler.update(batch, sampled):
+            request = update.request
+            self.stats.num_generation_tokens += len(update.new_token_ids)
+            num_logprobs = request.sampling_params.logprobs
+            own = None
+            if num_logprobs is not None and logprobs is not None:
+                own = _columns(logprobs, slice(update.index, update.index + 1), num_logprobs)
+            prompt = self._prompt_logprobs.pop(request, None)
+            updates.append(SampledUpdate(request, update.new_token_ids, update.finished, own, prompt))
+            if update.finished:
+                self._forget(request)
+        return updates
+
+    def _keep_prompt_logprobs(self, batch: ScheduledBatch, starts: list[int], logprobs: Logprobs) -> None:
+        """Collects a prompt's log probabilities chunk by chunk; they are given out with the first token."""
+        for sequence, first_row in zip(batch.sequences, starts, strict=True):
+            request = sequence.request
+            num_top = request.sampling_params.prompt_logprobs
+            if num_top is None or request.output_token_ids or request.status.is_finished:
+                continue
+            if request not in self._prompt_logprobs:
+                shape = (request.num_prompt_tokens - 1, 1 + num_top)
+                self._prompt_logprobs[request] = TokenLogprobs(
+                    np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape[0], np.int32)
+                )
+            kept = self._prompt_logprobs[request]
+            count = min(sequence.num_new_tokens, request.num_prompt_tokens - 1 - sequence.start)
+            rows = _columns(logprobs, slice(first_row, first_row + count), num_top)
+            for into, part in zip(
+                (kept.token_ids, kept.logprobs, kept.ranks), (rows.token_ids, rows.logprobs, rows.ranks), strict=True
+            ):
+                into[sequence.start : sequence.start + count] = part
+
+    def _forget(self, request: Request) -> None:
+        self._num_full -= needs_full_sampler(request.sampling_params)
+        self._prompt_logprobs.pop(request, None)
+
+
+def _columns(logprobs: Logprobs, rows: slice, num_top: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        np.asarray(logprobs.token_ids[rows, : 1 + num_top]),
+        np.asarray(logprobs.logprobs[rows, : 1 + num_top]),
+        np.asarray(logprobs.ranks[rows]),
+    )

@@ -1,0 +1,152 @@
+"""What a user sets: `EngineArgs`, the keyword arguments of `LLM`, and how they become an `EngineConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxengine.config import EngineConfig, SchedulerConfig
+from jaxengine.loading.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+WARMUPS = ("background", "full", "none")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(kw_only=True)
+class EngineArgs:
+    """Arguments of `LLM`, named as in vLLM where vLLM has them.
+
+    Attributes:
+        model: A folder in Hugging Face's form, a GGUF file, or a hub id; None for the embedded SmolLM2-135M-Instruct.
+        tokenizer: A folder or hub id to take the tokenizer from; None: the model's own.
+        skip_tokenizer_init: Serve token ids only.
+        revision: Branch, tag or commit of a hub id.
+        load_format: "auto", or "dummy" for random weights (only the configuration is read).
+        dtype: Of weights and activations: "auto", "bfloat16", "float16" or "float32".
+        kv_cache_dtype: Of the cache; "auto" follows `dtype`.
+        seed: Seed of requests that bring none.
+        max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
+        max_num_seqs: Requests running at once; None: 256, on CPU 64.
+        max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
+        block_size: Tokens of a page.
+        num_gpu_blocks_override: Pages of the KV cache, instead of sizing it from the memory.
+        kv_cache_memory_bytes: Memory of the KV cache, instead of what is left on the device (on CPU: of 384 MiB).
+        gpu_memory_utilization: Share of the device's memory that the engine may take.
+        enable_prefix_caching: Whether requests share the pages of equal prefixes.
+        enable_chunked_prefill: Whether a prompt may be split over several steps.
+        long_prefill_token_threshold: Prompt tokens of one request in one step at most; 0: no such limit.
+        scheduling_policy: "fcfs" or "priority".
+        async_scheduling: Whether the host runs one step ahead of the device.
+        max_logprobs: Most `logprobs` or `prompt_logprobs` a request may ask for.
+        generation_config: "auto" takes the model's own default sampling parameters; "vllm" or "none" ignores them.
+        logits_processors: Functions that requests may name in `SamplingParams.logits_processors`, compiled from the start.
+        warmup: "background", "full" or "none"; see `EngineConfig`.
+        compilation_cache_dir: Folder of JAX's persistent compilation cache; None: in the user's cache folder; "" for none.
+        disable_log_stats: Do not log throughput while generating.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = True
+    max_logprobs: int = 20
+    generation_config: str = "auto"
+    logits_processors: list[Callable[..., Any]] | None = None
+    warmup: str = "background"
+    compilation_cache_dir: str | None = None
+    disable_log_stats: bool = True
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("warmup", WARMUPS), ("load_format", LOAD_FORMATS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(accepted)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be above 0 and at most 1")
+        if self.block_size not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"block_size={self.block_size}: expected 8, 16, 32, 64, 128 or 256")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: must be an integer of at least 1, or None")
+        if self.max_logprobs < 0:
+            raise ValueError(f"max_logprobs={self.max_logprobs}: must be at least 0")
+
+    def resolve(self, checkpoint: Checkpoint) -> EngineConfig:
+        """Decides everything left open, from the checkpoint and the platform.
+
+        Raises:
+            ValueError: A value that the model or the memory does not allow.
+        """
+        import jax
+
+        from jaxengine.models.config import ModelConfig
+        from jaxengine.runner.memory import num_pages_that_fit
+        from jaxengine.runner.platform import resolve_dtypes
+
+        is_cpu = jax.default_backend() == "cpu"
+        model = ModelConfig.from_hf(checkpoint.config)
+        longest = model.max_position_embeddings
+        if self.max_model_len is not None and self.max_model_len > longest:
+            raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
+        dtype, kv_cache_dtype = resolve_dtypes(self.dtype, self.kv_cache_dtype, model.dtype)
+        max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
+        max_model_len = self.max_model_len or longest
+        default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
+
+        def make(max_model_len: int) -> EngineConfig:
+            return EngineConfig(
+                model=dataclasses.replace(model, max_model_len=max_model_len),
+                scheduler=SchedulerConfig(
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=self.max_num_batched_tokens or default_tokens,
+                    policy=self.scheduling_policy,  # pyright: ignore[reportArgumentType]  (checked there)
+                    enable_chunked_prefill=self.enable_chunked_prefill,
+                    long_prefill_token_threshold=self.long_prefill_token_threshold,
+                    async_scheduling=self.async_scheduling,
+                ),
+                dtype=dtype,
+                kv_cache_dtype=kv_cache_dtype,
+                block_size=self.block_size,
+                num_pages=self.num_gpu_blocks_override,
+                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                enable_prefix_caching=self.enable_prefix_caching,
+                max_logprobs=min(self.max_logprobs, model.vocab_size),
+                seed=self.seed,
+                logits_processors=tuple(self.logits_processors or ()),
+                warmup=self.warmup,  # pyright: ignore[reportArgumentType]  (checked above)
+            )
+
+        if self.max_model_len is None and is_cpu and self.num_gpu_blocks_override is None:
+            # The cache is small: serve what it holds instead of refusing a model made for long contexts.
+            capacity = num_pages_that_fit(make(2), None) * self.block_size
+            if capacity < max_model_len:
+                logger.warning(
+                    "max_model_len is %d, what the KV cache holds; the model allows %d: raise kv_cache_memory_bytes",
+                    capacity,
+                    max_model_len,
+                )
+                max_model_len = capacity
+        return make(max_model_len)

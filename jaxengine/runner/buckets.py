@@ -1,0 +1,60 @@
+"""The shapes that steps are compiled for. Nothing else in the engine decides a shape."""
+
+from typing import NamedTuple
+
+FEW_SEQS = 8
+
+
+class Bucket(NamedTuple):
+    """One step's shape: T tokens of S sequences."""
+
+    num_tokens: int
+    num_seqs: int
+
+
+def token_sizes(max_tokens: int, *, coarse: bool) -> list[int]:
+    """Sizes of the token dimension, ascending, `max_tokens` last.
+
+    Above 64 a step carries at most 25% padding. `coarse` is for CPUs, where a compilation costs seconds of the cores that
+    also compute: at most 50%.
+    """
+    sizes = [1, 4, 16, 32, 64] if coarse else [1, 2, 4, 8, 16, 32, 48, 64]
+    power = 64
+    while sizes[-1] < max_tokens:
+        sizes += [power * step // 4 for step in ((6, 8) if coarse else (5, 6, 7, 8))]
+        power *= 2
+    return [size for size in sizes if size < max_tokens] + [max_tokens]
+
+
+def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> list[Bucket]:
+    """All shapes, cheapest first. Each token size takes as many sequences as it can hold, and long ones also few:
+
+    logits are computed for every sequence of the shape, and a long prompt on its own should not pay for the others.
+    """
+    buckets = set()
+    for size in token_sizes(max_tokens, coarse=coarse):
+        buckets.add(Bucket(size, min(size, max_seqs)))
+        if size > 64 and max_seqs > FEW_SEQS:
+            buckets.add(Bucket(size, FEW_SEQS))
+    return sorted(buckets)
+
+
+def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int) -> list[Bucket]:
+    """The buckets that hold a step, cheapest first.
+
+    Raises:
+        ValueError: None does: the scheduler's limits and the buckets disagree.
+    """
+    found = [bucket for bucket in buckets if bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs]
+    if not found:
+        raise ValueError(f"no bucket holds {num_tokens} tokens of {num_seqs} sequences; the largest is {buckets[-1]}")
+    return found
+
+
+def warmup_order(buckets: list[Bucket]) -> list[Bucket]:
+    """Most needed first: with one small bucket and the decode of one request everything can run, if slowly."""
+    full = [b for b in buckets if b.num_seqs == max(x.num_seqs for x in buckets if x.num_tokens == b.num_tokens)]
+    first = [b for b in full if b.num_tokens == 16] or full[-1:]
+    then = [b for b in full if b.num_tokens == 1] + [b for b in full if b.num_tokens == 128] + full[-1:]
+    order = first + then + full + buckets
+    return list(dict.fromkeys(order))

@@ -1,0 +1,101 @@
+"""Compiles the steps in background threads, most needed first, and counts compilations."""
+
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+
+class CompilationCounter:
+    """Counts XLA compilations of this process from the moment it is made; a hit in the persistent cache counts too."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **kwargs: Any) -> None:
+        if event == self.EVENT:
+            self.count += 1
+
+
+class StepCompiler:
+    """A set of compiled functions by key. Work is done by daemon threads, so a program can end before it is."""
+
+    URGENT = -1
+
+    def __init__(self, compile_one: Callable[[Any], Any], num_threads: int):
+        self._compile_one = compile_one
+        self._futures: dict[Hashable, Future] = {}
+        self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True) for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, keys: Iterable[Any], priority: int = 0) -> None:
+        """Queues keys that are not there yet, in order."""
+        for key in keys:
+            with self._lock:
+                if key not in self._futures:
+                    self._futures[key] = Future()
+                    self._queue.put((priority, next(self._order), key))
+
+    def is_ready(self, key: Any) -> bool:
+        future = self._futures.get(key)
+        return future is not None and future.done()
+
+    def get(self, key: Any) -> Any:
+        """The compiled function; waits for it, ahead of all others, if need be.
+
+        Raises:
+            Exception: Whatever its compilation raised.
+        """
+        future = self._futures.get(key)
+        if future is None:
+            self.add([key], self.URGENT)
+        elif not future.done():
+            self._queue.put((self.URGENT, next(self._order), key))  # a second entry; the first is skipped later
+        return self._futures[key].result()
+
+    def wait(self, keys: Iterable[Any]) -> None:
+        """Waits until all keys are compiled."""
+        for key in list(keys):
+            self._futures[key].result()
+
+    def close(self) -> None:
+        """Stops after the compilations under way, and waits for those: XLA must not be torn down beneath them."""
+        self._closed = True
+        for _ in self._threads:
+            self._queue.put((self.URGENT - 1, next(self._order), None))
+        for thread in self._threads:
+            thread.join()
+        for future in self._futures.values():
+            future.cancel()
+
+    def _work(self) -> None:
+        while not self._closed:
+            _, _, key = self._queue.get()
+            if key is None:
+                return
+            future = self._futures[key]
+            with self._lock:
+                if future.done() or future.running() or not future.set_running_or_notify_cancel():
+                    continue
+            try:
+                future.set_result(self._compile_one(key))
+            except BaseException as error:  # handed to whoever waits for the key
+                logger.debug("compilation of %s failed", key, exc_info=True)
+                future.set_exception(error)

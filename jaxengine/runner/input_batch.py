@@ -1,0 +1,212 @@
+"""One step's inputs in one int32 buffer: one copy to the device a step."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
+from jaxengine.runner.buckets import Bucket
+from jaxengine.sampling.sampler import (
+    BAD_WORDS,
+    FILTER,
+    LOGPROBS,
+    MIN_TOKENS,
+    PENALTIES,
+    PROCESSORS,
+    RANDOM,
+    TOKEN_RULES,
+    SamplingRows,
+)
+from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+
+INT_FIELDS = ("slot", "samples", "features", "processors", "seed", "position", "top_k")
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+
+
+class StepInputs(NamedTuple):
+    """What a step reads, on the device.
+
+    Attributes:
+        token_ids: i32[T], -1 where the token is the one sampled last in the sequence's slot.
+        positions: i32[T].
+        targets: i32[T], the prompt token after each row where its log probability is asked for, else -1.
+        last_rows: i32[S], row of each sequence's last token.
+    """
+
+    token_ids: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    last_rows: jax.Array
+    meta: AttentionMetadata
+    rows: SamplingRows
+
+
+class PackedLayout:
+    """Where each field of a step lies in the buffer, for one bucket."""
+
+    def __init__(self, bucket: Bucket, table_width: int):
+        num_tokens, num_seqs = bucket
+        self.bucket = bucket
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "token_ids": (num_tokens,),
+            "positions": (num_tokens,),
+            "targets": (num_tokens,),
+            "last_rows": (num_seqs,),
+            "kv_lens": (num_seqs,),
+            "query_starts": (num_seqs + 1,),
+            "page_table": (num_seqs, table_width),
+            "num_seqs": (),
+            "num_decodes": (),
+            **{name: (num_seqs,) for name in INT_FIELDS + FLOAT_FIELDS},
+        }
+        self.offsets, self.size = {}, 0
+        for name, shape in self.shapes.items():
+            self.offsets[name] = self.size
+            self.size += math.prod(shape)
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields as writable views of a host buffer."""
+        return {
+            name: buffer[self.offsets[name] : self.offsets[name] + math.prod(shape)]
+            .view(np.float32 if name in FLOAT_FIELDS else np.int32)
+            .reshape(shape)
+            for name, shape in self.shapes.items()
+        }
+
+    def unpack(self, packed: jax.Array) -> StepInputs:
+        """The fields on the device; runs inside the step."""
+        fields = {
+            name: packed[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
+            for name, shape in self.shapes.items()
+        }
+        fields |= {name: lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOAT_FIELDS}
+        meta = AttentionMetadata(
+            **{n: fields[n] for n in ("kv_lens", "query_starts", "page_table", "num_seqs", "num_decodes")}
+        )
+        rows = SamplingRows(**{name: fields[name] for name in INT_FIELDS + FLOAT_FIELDS})
+        return StepInputs(
+            fields["token_ids"], fields["positions"], fields["targets"], fields["last_rows"], meta, rows
+        )
+
+
+class SlotTable:
+    """What the host knows of each slot and does not change from step to step: page ids and sampling parameters."""
+
+    def __init__(self, num_slots: int, table_width: int, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.page_table = np.zeros((num_slots, table_width), np.int32)
+        self.num_pages = np.zeros(num_slots, np.int64)
+        self.fields = {
+            name: np.zeros(num_slots, np.float32 if name in FLOAT_FIELDS else np.int32)
+            for name in INT_FIELDS + FLOAT_FIELDS
+        }
+        self.min_tokens = np.zeros(num_slots, np.int32)
+
+    def take(self, sequence: ScheduledSequence, seed: int, processors: int) -> int:
+        """Fills a slot for the request that has taken it; returns the request's features."""
+        params, slot = sequence.request.sampling_params, sequence.slot
+        self.num_pages[slot] = 0
+        self.min_tokens[slot] = params.min_tokens
+        features = request_features(params)
+        values = dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, 0) | {
+            "slot": slot,
+            "features": features,
+            "processors": processors,
+            "seed": np.uint32(seed & 0xFFFFFFFF).astype(np.int32),
+            "top_k": min(max(params.top_k, 0), self.vocab_size),
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "repetition": params.repetition_penalty,
+            "presence": params.presence_penalty,
+            "frequency": params.frequency_penalty,
+        }
+        for name, value in values.items():
+            self.fields[name][slot] = value
+        return features
+
+    def update_pages(self, sequence: ScheduledSequence) -> None:
+        known, now = self.num_pages[sequence.slot], len(sequence.page_ids)
+        if now > known:
+            self.page_table[sequence.slot, known:now] = sequence.page_ids[known:now]
+            self.num_pages[sequence.slot] = now
+
+
+def request_features(params) -> int:
+    """The bits of `SamplingRows.features` that sampling parameters ask for."""
+    features = 0
+    if not params.is_greedy:
+        features |= RANDOM
+        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+            features |= FILTER
+    if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
+        features |= PENALTIES
+    if params.logit_bias or params.allowed_token_ids is not None:
+        features |= TOKEN_RULES
+    features |= MIN_TOKENS if params.min_tokens > 0 else 0
+    features |= BAD_WORDS if params.bad_words_token_ids else 0
+    features |= LOGPROBS if params.logprobs is not None else 0
+    features |= PROCESSORS if params.logits_processors else 0
+    return features
+
+
+def needs_full_sampler(params) -> bool:
+    """Whether a request's steps run the variant with the whole sampler."""
+    return request_features(params) != 0 or params.prompt_logprobs is not None
+
+
+def order_rows(batch: ScheduledBatch) -> list[int]:
+    """Rows of the step, as indices of `batch.sequences`: decodes by length, since attention on CPU takes them in groups
+    that cost as much as their longest member."""
+    decodes = sorted(range(batch.num_decodes), key=lambda i: batch.sequences[i].start)
+    return decodes + list(range(batch.num_decodes, len(batch.sequences)))
+
+
+def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: SlotTable) -> np.ndarray:
+    """Writes a scheduled batch into a fresh buffer, padded to the layout's bucket. Padding rows sample nothing."""
+    buffer = np.zeros(layout.size, np.int32)
+    views = layout.views(buffer)
+    sequences = [batch.sequences[i] for i in order]
+    num_seqs, num_decodes = len(sequences), batch.num_decodes
+    slot_ids = np.array([s.slot for s in sequences])
+    lengths = np.array([s.num_new_tokens for s in sequences])
+    starts = np.array([s.start for s in sequences])
+    ends = np.cumsum(lengths)
+    for sequence in sequences:
+        slots.update_pages(sequence)
+
+    token_ids, positions = views["token_ids"], views["positions"]
+    token_ids[:num_decodes] = [-1 if s.token_on_device else s.request.all_token_ids[s.start] for s in sequences[:num_decodes]]
+    positions[:num_decodes] = starts[:num_decodes]
+    for i in range(num_decodes, num_seqs):
+        sequence, rows = sequences[i], slice(ends[i] - lengths[i], ends[i])
+        token_ids[rows] = sequence.request.all_token_ids[sequence.start : sequence.start + sequence.num_new_tokens]
+        positions[rows] = np.arange(sequence.start, sequence.start + sequence.num_new_tokens)
+    views["targets"][:] = -1
+    for i, sequence in enumerate(sequences):
+        if sequence.request.sampling_params.prompt_logprobs is not None:
+            targets = sequence.request.prompt_token_ids[sequence.start + 1 : sequence.start + 1 + sequence.num_new_tokens]
+            views["targets"][ends[i] - lengths[i] :][: len(targets)] = targets
+
+    views["kv_lens"][:num_seqs] = starts + lengths
+    views["query_starts"][1 : num_seqs + 1] = ends
+    views["query_starts"][num_seqs + 1 :] = ends[-1]
+    views["page_table"][:num_seqs] = slots.page_table[slot_ids]
+    views["num_seqs"][...] = num_seqs
+    views["num_decodes"][...] = num_decodes
+    views["last_rows"][:num_seqs] = ends - 1
+    for name, values in slots.fields.items():
+        views[name][:num_seqs] = values[slot_ids]
+    samples = np.array([s.samples for s in sequences])
+    outputs = np.array([s.num_output_tokens for s in sequences])
+    views["samples"][:num_seqs] = samples
+    views["position"][:num_seqs] = outputs
+    features = views["features"][:num_seqs]
+    features[outputs >= slots.min_tokens[slot_ids]] &= ~MIN_TOKENS
+    features[~samples] = 0
+    views["temperature"][num_seqs:] = 1
+    return buffer

@@ -1,0 +1,183 @@
+"""Chooses the next token of every row, each with its own parameters.
+
+The order is vLLM's: banned tokens, bad words, min_tokens, logit bias and the user's processors, penalties; then argmax, or
+temperature, min-p, top-k, top-p and a draw. Log probabilities are those of the unchanged logits.
+
+Parts that no row of the step asks for are skipped at run time (`lax.cond`), so that one compiled step serves them all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxengine.sampling.filters import filter_logits
+from jaxengine.sampling.logprobs import Logprobs, empty_logprobs, gather_logprobs
+from jaxengine.sampling.state import IN_PROMPT, IS_BANNED, IS_STOP, SamplingState
+
+# Bits of SamplingRows.features: what a row asks for beyond argmax.
+RANDOM = 1
+FILTER = 2
+PENALTIES = 4
+TOKEN_RULES = 8  # logit_bias or allowed_token_ids
+MIN_TOKENS = 16  # stop tokens are still forbidden
+BAD_WORDS = 32
+LOGPROBS = 64
+PROCESSORS = 128
+# Features that read a row of SamplingState.
+USES_STATE = PENALTIES | TOKEN_RULES | MIN_TOKENS | BAD_WORDS | PROCESSORS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """Parameters of the S rows of a step; rows that do not sample have no features.
+
+    Attributes:
+      slot: i32[S], row of the state.
+      samples: i32[S], 1 where a token is sampled.
+      features: i32[S], the bits above.
+      processors: i32[S], bit i for the engine's i-th logits processor.
+      seed, position: i32[S], the draw's key is fold_in(seed, position); position counts output tokens.
+      top_k: i32[S]; temperature, top_p, min_p, repetition, presence, frequency: f32[S].
+    """
+
+    slot: jax.Array
+    samples: jax.Array
+    features: jax.Array
+    processors: jax.Array
+    seed: jax.Array
+    position: jax.Array
+    top_k: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+
+
+class LogitsState(NamedTuple):
+    """What a user's logits processor may look at, for its own request.
+
+    Attributes:
+      num_output_tokens: i32[], tokens output so far.
+      last_token: i32[], the newest output token; meaningless while there is none.
+      output_counts: i32[V], how often each token was output.
+    """
+
+    num_output_tokens: jax.Array
+    last_token: jax.Array
+    output_counts: jax.Array
+
+
+LogitsProcessor = Callable[[jax.Array, LogitsState], jax.Array]
+
+
+def greedy(logits: jax.Array) -> jax.Array:
+    """i32[S] of f32[S, V]: the whole sampler of a step in which no row has any feature."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def sample(
+    logits: jax.Array, rows: SamplingRows, state: SamplingState, processors: Sequence[LogitsProcessor], num_top: int
+) -> tuple[jax.Array, Logprobs, SamplingState]:
+    """Samples one token a row and records it in the state.
+
+    Args:
+      logits: f32[S, V].
+      num_top: most likely tokens returned with the log probabilities.
+
+    Returns:
+      tokens i32[S]; their log probabilities (zeros unless some row asks); the state with outputs counted.
+    """
+    wanted = jnp.bitwise_or.reduce(rows.features)
+
+    def when(feature: int, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        def apply(x):
+            return jnp.where((rows.features & feature != 0)[:, None], change(x), x)
+
+        return lax.cond(wanted & feature != 0, apply, lambda x: x, x)
+
+    raw = logits
+    logits = when(TOKEN_RULES, lambda x: _token_rules(x, rows, state), logits)
+    logits = when(BAD_WORDS, lambda x: _ban_words(x, rows, state), logits)
+    logits = when(MIN_TOKENS, lambda x: jnp.where(state.token_flags[rows.slot] & IS_STOP, -jnp.inf, x), logits)
+    if processors:
+        logits = when(PROCESSORS, lambda x: _apply_processors(x, rows, state, processors), logits)
+    logits = when(PENALTIES, lambda x: _penalise(x, rows, state), logits)
+    tokens = lax.cond(wanted & RANDOM != 0, lambda x: _draw(x, rows, wanted), greedy, logits)
+    logprobs = lax.cond(
+        wanted & LOGPROBS != 0,
+        lambda x: gather_logprobs(x, tokens, num_top),
+        lambda x: empty_logprobs(x.shape[0], num_top),
+        raw,
+    )
+    return tokens, logprobs, _record(tokens, rows, state)
+
+
+def _token_rules(logits, rows, state):
+    logits = jnp.where(state.token_flags[rows.slot] & IS_BANNED, -jnp.inf, logits)
+    return logits + state.logit_bias[rows.slot]
+
+
+def _ban_words(logits, rows, state):
+    """Bans the last token of a bad word where the newest outputs are the tokens before it."""
+    words = state.bad_words[rows.slot]  # [S, B, W]
+    before = words[:, :, :-1]
+    matches = ((before == -1) | (before == state.recent_tokens[rows.slot][:, None])).all(axis=-1)  # [S, B]
+    banned = jnp.where(matches & (words[:, :, -1] >= 0), words[:, :, -1], logits.shape[-1])
+    return jax.vmap(lambda x, ids: x.at[ids].set(-jnp.inf, mode="drop"))(logits, banned)
+
+
+def _apply_processors(logits, rows, state, processors):
+    states = LogitsState(rows.position, state.last_token[rows.slot], state.output_counts[rows.slot])
+    for i, processor in enumerate(processors):
+        chosen = (rows.processors >> i) & 1 == 1
+        logits = jnp.where(chosen[:, None], jax.vmap(processor)(logits, states), logits)
+    return logits
+
+
+def _penalise(logits, rows, state):
+    """Repetition penalty (arXiv 1909.05858) over prompt and output; presence and frequency over the output."""
+    counts = state.output_counts[rows.slot]
+    seen = (counts > 0) | (state.token_flags[rows.slot] & IN_PROMPT != 0)
+    factor = jnp.where(seen, rows.repetition[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / factor, logits * factor)
+    return logits - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
+
+
+def _draw(logits, rows, wanted):
+    """Gumbel-max sampling; rows without RANDOM keep their argmax."""
+    is_random = rows.features & RANDOM != 0
+    scaled = logits / jnp.where(is_random, rows.temperature, 1.0)[:, None]
+    scaled = lax.cond(
+        wanted & FILTER != 0, lambda x: filter_logits(x, rows.top_k, rows.top_p, rows.min_p), lambda x: x, scaled
+    )
+
+    def noise(seed, position):
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (logits.shape[-1],))
+
+    drawn = greedy(scaled + jax.vmap(noise)(rows.seed, rows.position))
+    return jnp.where(is_random, drawn, greedy(logits))
+
+
+def _record(tokens, rows, state):
+    """Notes the sampled tokens in the rows that sample."""
+    slot = jnp.where(rows.samples == 1, rows.slot, state.last_token.shape[0])  # out of range: dropped
+    recent = jnp.concatenate([state.recent_tokens[rows.slot][:, 1:], tokens[:, None]], axis=1)
+    return dataclasses.replace(
+        state,
+        last_token=record_last(tokens, rows, state.last_token),
+        recent_tokens=state.recent_tokens.at[slot].set(recent, mode="drop"),
+        output_counts=state.output_counts.at[slot, tokens].add(1, mode="drop"),
+    )
+
+
+def record_last(tokens: jax.Array, rows: SamplingRows, last_token: jax.Array) -> jax.Array:
+    """Writes the sampled tokens where the next step will read them."""
+    slot = jnp.where(rows.samples == 1, rows.slot, last_token.shape[0])
+    return last_token.at[slot].set(tokens, mode="drop")
