@@ -1,0 +1,5 @@
+"""The scheduler: which tokens of which requests each step computes. Plain Python."""
+
+from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence, Scheduler, TokenUpdate
+
+__all__ = ["ScheduledBatch", "ScheduledSequence", "Scheduler", "TokenUpdate"]

@@ -1,0 +1,363 @@
+"""Decides, step by step, which tokens of which requests are computed. Plain Python.
+
+The host runs ahead of the device: `schedule()` may be called again before the `update()` of the batch before. That is
+sound because the device runs the steps in the order they were scheduled, so that
+
+- `num_computed_tokens` advances when a step is scheduled: a later step may build on it;
+- a request that decodes need not know its newest token: it is *pending*, and the next step finds it on the device;
+- pages and slots of a finished or preempted request can be lent again at once: a step still in flight has used them
+  before the next one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.scheduler.policy import RequestQueue, sort_key
+
+if TYPE_CHECKING:
+    from jaxengine.config import SchedulerConfig
+    from jaxengine.kv_cache.manager import KVCacheManager
+
+
+@dataclass(slots=True, eq=False)  # not frozen, which would make it four times slower to build: hundreds a step
+class ScheduledSequence:
+    """One request's share of a step. Not changed after it is made.
+
+    Attributes:
+        start: Tokens computed before this step: the position of the first new token.
+        num_new_tokens: Tokens to compute: `start .. start + num_new_tokens - 1`.
+        samples: Whether the step reaches the request's last token, so that a token is sampled from its last row.
+        slot: Row of the device state that belongs to the request.
+        new_in_slot: First step since the request took the slot: the row must be initialised.
+        token_on_device: The one input token is the pending one: it is read from the device state, not from the host.
+        page_ids: Pages covering at least `start + num_new_tokens` tokens. The request's live list: it may grow when the
+            next step is scheduled, but entries never change.
+        num_output_tokens: Output tokens, known and pending, before this step samples.
+    """
+
+    request: Request
+    start: int
+    num_new_tokens: int
+    samples: bool
+    slot: int
+    new_in_slot: bool
+    token_on_device: bool
+    page_ids: Sequence[int]
+    num_output_tokens: int
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step: `sequences`, those with exactly one new token first.
+
+    Attributes:
+        num_tokens: New tokens of all sequences.
+        num_decodes: Sequences with exactly one new token.
+    """
+
+    sequences: list[ScheduledSequence]
+    num_tokens: int
+    num_decodes: int
+
+
+@dataclass(slots=True)
+class TokenUpdate:
+    """Tokens that a request has gained.
+
+    Attributes:
+        finished: Whether they ended it; `request.status` says why.
+        index: The request's row in `batch.sequences`.
+    """
+
+    request: Request
+    new_token_ids: list[int]
+    finished: bool
+    index: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step while it is being planned. Requests change only when it is committed, so a plan can be taken back."""
+
+    budget: int  # tokens left
+    plan: dict[Request, int] = field(default_factory=dict)  # new tokens of each request
+    admitted: set[Request] = field(default_factory=set)
+    has_preempted: bool = False
+
+    def add(self, request: Request, num_new_tokens: int) -> None:
+        self.plan[request] = num_new_tokens
+        self.budget -= num_new_tokens
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, preemption by recomputation, and one step of run-ahead.
+
+    Every unfinished request is in one of two queues, both in the policy's order. Running requests hold a slot, and
+    pages: for all their known tokens from the start, and one more whenever decoding needs it. When pages run out, the
+    last running request gives its own back and waits; the first one can always go on, so every request finishes.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager) -> None:
+        self.config = config
+        self.kv_cache = kv_cache
+        self.num_preemptions = 0
+        self._requests: dict[str, Request] = {}
+        self._waiting = RequestQueue()
+        self._running = RequestQueue()
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._num_added = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their first step, or, preempted, to start again."""
+        return len(self._waiting)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a new request.
+
+        A request whose prompt and `max_tokens` would not fit in the whole cache is accepted: it ends with
+        FINISHED_LENGTH when it fills the cache alone.
+
+        Raises:
+            ValueError: The id is in use, or there is no room for the prompt and one output token.
+        """
+        name, prompt_len = f"request {request.request_id!r}", request.num_prompt_tokens
+        capacity = self.kv_cache.num_pages * self.kv_cache.block_size
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id={request.request_id!r}: already in use by an unfinished request")
+        if request.status is not RequestStatus.WAITING:
+            raise ValueError(f"{name}: status={request.status.label}, but only a new request can be added")
+        if prompt_len < 1 or request.max_tokens < 1:
+            raise ValueError(
+                f"{name}: {prompt_len} prompt tokens and max_tokens={request.max_tokens}: both must be at least 1"
+            )
+        for limit, what in (
+            (self.config.max_model_len, f"max_model_len={self.config.max_model_len}"),
+            (capacity, f"the KV cache of {self.kv_cache.num_pages} pages of {self.kv_cache.block_size} tokens"),
+        ):
+            if prompt_len + 1 > limit:
+                raise ValueError(
+                    f"{name}: prompt_token_ids has {prompt_len} tokens: {what} leaves room for {limit - 1} at most, "
+                    "and one output token"
+                )
+        request.max_total_tokens = min(prompt_len + request.max_tokens, self.config.max_model_len, capacity)
+        request.sort_key = sort_key(self.config.policy, request, self._num_added)
+        self._num_added += 1
+        self._requests[request.request_id] = request
+        self._waiting.add(request)
+
+    def abort_request(self, request_id: str) -> Request | None:
+        """Ends a request in whatever state it is. Returns it, or None if it is unknown or finished already."""
+        return self.finish_request(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def finish_request(
+        self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None
+    ) -> Request | None:
+        """Ends a request from outside (aborted, or a stop string was found). Tokens still to come for it are dropped.
+
+        Returns:
+            The request, or None, and no change, if it is unknown or finished already.
+        """
+        if not status.is_finished:
+            raise ValueError(f"status={status.label}: must be a finished status")
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        if request.status is RequestStatus.RUNNING:
+            self._stop_running(request)
+        else:
+            self._waiting.discard(request)
+        request.status = status
+        request.stop_reason = stop_reason
+        request.num_pending_tokens = 0
+        return request
+
+    def schedule(self, max_tokens: int | None = None) -> ScheduledBatch | None:
+        """Plans the next step: running requests first (decodes, then unfinished prompts), then waiting ones.
+
+        May be called before `update()` of the batch before.
+
+        Args:
+            max_tokens: Bounds this step below `max_num_batched_tokens`.
+
+        Returns:
+            The step; None if there is nothing to do before a batch in flight is updated, a request is added or, without
+            chunked prefill, `max_tokens` is raised.
+        """
+        budget = self.config.max_num_batched_tokens
+        step = _Step(budget if max_tokens is None else min(budget, max_tokens))
+        self._plan_running(step)
+        if not step.has_preempted:  # else pages are short
+            self._plan_waiting(step)
+        return self._commit(step) if step.plan else None
+
+    def _plan_running(self, step: _Step) -> None:
+        prefills: list[Request] = []
+        index = 0
+        while index < len(self._running) and step.budget > 0:  # preemption shortens the queue from its end
+            request = self._running[index]
+            index += 1
+            num_tokens = len(request.all_token_ids) + request.num_pending_tokens
+            if num_tokens - request.num_computed_tokens > 1:
+                prefills.append(request)
+            elif num_tokens < request.max_total_tokens and (
+                self.kv_cache.allocate(request, num_tokens) or self._make_room(step, request, num_tokens)
+            ):
+                step.add(request, 1)
+        for request in prefills:
+            num_new = self._chunk_len(request.num_tokens - request.num_computed_tokens, step.budget)
+            if num_new > 0 and request.status is RequestStatus.RUNNING:  # not preempted for a decode
+                step.add(request, num_new)  # its pages were allocated on admission
+
+    def _plan_waiting(self, step: _Step) -> None:
+        while self._waiting and self._free_slots and step.budget > 0:
+            request = self._waiting[0]
+            if request.num_pending_tokens > 0 or (step.has_preempted and request.status is RequestStatus.PREEMPTED):
+                return  # its last token is not known yet; or it may have been preempted in this very step
+            pages, num_cached = self.kv_cache.get_computed_pages(request)
+            num_new = self._chunk_len(request.num_tokens - num_cached, step.budget)
+            if num_new == 0 or not self._allocate_waiting(step, request, pages):
+                return  # those behind it must not overtake it, or it might never find room
+            self._waiting.discard(request)
+            self._running.add(request)
+            request.status = RequestStatus.RUNNING
+            request.slot = self._free_slots.pop()
+            request.num_computed_tokens = num_cached
+            if request.num_preemptions == 0:
+                request.num_cached_tokens = num_cached
+            step.admitted.add(request)
+            step.add(request, num_new)
+
+    def _chunk_len(self, num_tokens: int, budget: int) -> int:
+        """How many of a prompt's `num_tokens` remaining tokens go in this step."""
+        if not self.config.enable_chunked_prefill:
+            return num_tokens if num_tokens <= budget else 0
+        return min(num_tokens, budget, self.config.long_prefill_token_threshold or num_tokens)
+
+    def _make_room(self, step: _Step, request: Request, num_tokens: int) -> bool:
+        """Takes pages from the last running requests for a decode. False if that preempts the decode itself."""
+        while True:
+            victim = self._running[-1]
+            self._preempt(step, victim)
+            if victim is request:
+                return False
+            if self.kv_cache.allocate(request, num_tokens):
+                return True
+
+    def _allocate_waiting(self, step: _Step, request: Request, computed_pages: list[int]) -> bool:
+        """Gets a waiting request pages for all its tokens, if need be from requests of lower priority."""
+        num_tokens = request.num_tokens  # not only the first chunk's: two half-done prompts could block each other
+        if self.kv_cache.allocate(request, num_tokens, computed_pages):
+            return True
+        if self.config.policy != "priority":
+            return False
+        lower = [other for other in self._running if other.priority > request.priority]
+        num_reclaimable = sum(len(self.kv_cache.pages_of(other.request_id)) for other in lower)
+        if (self.kv_cache.num_free_pages + num_reclaimable) * self.kv_cache.block_size < num_tokens:
+            return False  # in vain
+        while lower:
+            self._preempt(step, lower.pop())
+            if self.kv_cache.allocate(request, num_tokens, computed_pages):
+                return True
+        return False
+
+    def _preempt(self, step: _Step, request: Request) -> None:
+        """Takes slot and pages from a running request; it will compute all its tokens anew."""
+        self._stop_running(request)
+        step.budget += step.plan.pop(request, 0)
+        step.has_preempted = True
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.add(request)
+
+    def _stop_running(self, request: Request) -> None:
+        self.kv_cache.cache_full_pages(request, min(request.num_computed_tokens, request.num_tokens))
+        self.kv_cache.free(request)
+        self._running.discard(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    def _commit(self, step: _Step) -> ScheduledBatch:
+        decodes: list[ScheduledSequence] = []
+        prefills: list[ScheduledSequence] = []
+        for request, num_new in step.plan.items():
+            start, end = request.num_computed_tokens, request.num_computed_tokens + num_new
+            num_known, num_pending = len(request.all_token_ids), request.num_pending_tokens
+            samples = end == num_known + num_pending
+            sequence = ScheduledSequence(
+                request,
+                start,
+                num_new,
+                samples,
+                request.slot,
+                request in step.admitted,
+                num_pending > 0,
+                self.kv_cache.pages_of(request.request_id),
+                len(request.output_token_ids) + num_pending,
+            )
+            (decodes if num_new == 1 else prefills).append(sequence)
+            request.num_computed_tokens = end
+            request.num_pending_tokens += samples
+            # Only now that all of the step is planned: no request of this step may read what this step writes.
+            self.kv_cache.cache_full_pages(request, min(end, num_known))
+        return ScheduledBatch(decodes + prefills, sum(step.plan.values()), len(decodes))
+
+    def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[TokenUpdate]:
+        """Takes in a batch's tokens, and ends the requests that they finish. Batches come in the order of `schedule()`.
+
+        Args:
+            sampled: For each of `batch.sequences` its tokens, one or more; none where it does not sample.
+
+        Returns:
+            The requests that gained tokens. Rows of requests that have finished since are dropped, and so are tokens
+            after the one that ends a request.
+
+        Raises:
+            ValueError: `sampled` does not match the batch.
+        """
+        if len(sampled) != len(batch.sequences):
+            raise ValueError(f"sampled has {len(sampled)} rows: the batch has {len(batch.sequences)}")
+        updates: list[TokenUpdate] = []
+        for index, (sequence, token_ids) in enumerate(zip(batch.sequences, sampled, strict=True)):
+            request = sequence.request
+            if request.status.is_finished:
+                continue
+            if (len(token_ids) > 0) != sequence.samples:
+                raise ValueError(f"sampled[{index}] has {len(token_ids)} tokens, but samples={sequence.samples}")
+            if not sequence.samples:
+                continue
+            request.num_pending_tokens -= 1
+            new_token_ids: list[int] = []
+            for token_id in token_ids:
+                new_token_ids.append(token_id)
+                request.append_output_token(token_id)
+                if self._finish_if_done(request, token_id):
+                    break
+            updates.append(TokenUpdate(request, new_token_ids, request.status.is_finished, index))
+        return updates
+
+    def _finish_if_done(self, request: Request, token_id: int) -> bool:
+        """Ends the request if its newest token, `token_id`, is a stop token or its last one."""
+        params = request.sampling_params
+        if token_id in request.stop_token_ids and len(request.output_token_ids) >= params.min_tokens:
+            # Only a token that the user has named is a stop reason; EOS is not.
+            stop_reason = token_id if token_id in (params.stop_token_ids or ()) else None
+            self.finish_request(request.request_id, RequestStatus.FINISHED_STOPPED, stop_reason)
+            return True
+        if len(request.all_token_ids) >= request.max_total_tokens:
+            self.finish_request(request.request_id, RequestStatus.FINISHED_LENGTH)
+            return True
+        return False
