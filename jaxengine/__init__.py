@@ -1,1 +1,40 @@
-"""jaxengine: a JAX/XLA-first engine for running large language models."""
+"""jaxengine: a JAX/XLA-first engine for running large language models.
+
+`LLM` and the parameter and output classes are imported on first use: `import jaxengine` alone is cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxengine.engine_args import EngineArgs
+    from jaxengine.llm import LLM
+    from jaxengine.outputs import CompletionOutput, RequestOutput
+    from jaxengine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineArgs",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "EngineArgs": "engine_args",
+    "CompletionOutput": "outputs",
+    "RequestOutput": "outputs",
+    "BeamSearchParams": "sampling_params",
+    "RequestOutputKind": "sampling_params",
+    "SamplingParams": "sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'jaxengine' has no attribute {name!r}")
+    return getattr(import_module(f"jaxengine.{_MODULES[name]}"), name)

@@ -1,0 +1,154 @@
+"""Chat messages to the text that the model's chat template makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+Message = Mapping[str, Any]
+
+
+def normalize_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
+    """Turns one conversation (a list of messages) or many into a list.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
+    if not messages:
+        raise ValueError("messages must hold at least one message, got []")
+    if isinstance(messages[0], Mapping):
+        return [list(messages)]  # pyright: ignore[reportReturnType]
+    for conversation in messages:
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {conversation!r} in it")
+    return [list(conversation) for conversation in messages]  # pyright: ignore[reportReturnType]
+
+
+_EXAMPLE = '{"role": "user", "content": "Hello"}'
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Renders one conversation. The text holds the template's special tokens: tokenise it without adding any.
+
+    Args:
+        tokenizer: Has the model's own template.
+        messages: Dicts with "role" and "content": a string, or OpenAI's list of parts, of type "text".
+        chat_template: A Jinja template to use instead of the model's.
+        add_generation_prompt: End with the beginning of the assistant's answer.
+        continue_final_message: Leave the last message open, for the model to go on with.
+        tools: Functions the model may call, as JSON schemas in OpenAI's form.
+        chat_template_kwargs: More variables for the template.
+
+    Raises:
+        ValueError: No template; no messages; a message of a wrong form or role; the template refused them.
+    """
+    if add_generation_prompt and continue_final_message:
+        raise ValueError(
+            "add_generation_prompt=True begins a new message: it must be False with continue_final_message=True"
+        )
+    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("this model has no chat template: give chat_template (Jinja), or use generate with a prompt")
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
+    if not messages:
+        raise ValueError("messages must hold at least one message, got []")
+    _check_tools(tools)
+    known_roles = chat_template or str(tokenizer.chat_template)
+    normal = [_normalize_message(i, message, known_roles) for i, message in enumerate(messages)]
+    if continue_final_message and not normal[-1].get("content"):
+        raise ValueError("continue_final_message=True needs a last message with content to go on with")
+    try:
+        text = tokenizer.apply_chat_template(
+            normal,
+            tools=None if not tools else list(tools),  # pyright: ignore[reportArgumentType]
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+            **(chat_template_kwargs or {}),
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refused the messages: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _check_tools(tools: Any) -> None:
+    if tools is None:
+        return
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
+        raise ValueError(f"tools must be a list of JSON schemas (dicts) or None, got {tools!r}")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"tools must hold JSON schemas (dicts), got {tool!r}")
+
+
+def _normalize_message(index: int, message: Any, known_roles: str) -> dict[str, Any]:
+    """Returns a copy of a message with its content as one string; raises ValueError if its form is wrong."""
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where} must be a dict like {_EXAMPLE}, got {message!r}")
+    role = message.get("role")
+    # Some models have roles of their own: the template then names them.
+    if not isinstance(role, str) or not role or (role not in ROLES and role not in known_roles):
+        raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, or named in the template, got {role!r}")
+    result = dict(message)
+    calls = result.get("tool_calls")
+    if calls is not None:
+        result["tool_calls"] = [_normalize_call(where, call) for call in calls]
+    if result.get("content") is None:
+        if not (calls or "function_call" in result):
+            raise ValueError(f"{where} must have content: a string, or a list of parts of type text; got {message!r}")
+        result["content"] = ""
+    else:
+        result["content"] = _content_text(where, result["content"])
+    return result
+
+
+def _content_text(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{where}: content must be a string or a list of parts, got {content!r}")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise ValueError(f'{where}: a part of content must be {{"type": "text", "text": "..."}}, got {part!r}')
+    return "\n".join(texts)
+
+
+def _normalize_call(where: str, call: Any) -> Any:
+    """Templates want a call's arguments as a dict; OpenAI's messages carry them as a JSON string."""
+    if not isinstance(call, Mapping):
+        raise ValueError(f"{where}: tool_calls must hold dicts, got {call!r}")
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments = function["arguments"]
+    try:
+        parsed = json.loads(arguments) if arguments else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: the arguments of a tool call must be JSON, got {arguments!r}") from error
+    return {**call, "function": {**function, "arguments": parsed}}

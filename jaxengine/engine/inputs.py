@@ -1,0 +1,384 @@
+"""Prompts in, `Request`s out: every form a prompt may have, tokenising, and all checks, before anything runs."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from jaxengine.engine.chat import normalize_conversations, render_chat
+from jaxengine.engine.request import Request
+from jaxengine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "InputProcessor",
+    "ProcessedInput",
+    "Prompt",
+    "PromptInput",
+    "normalize_conversations",
+    "normalize_prompts",
+    "render_chat",
+]
+
+MAX_BAD_WORDS = 64
+"""Token sequences that a request's `bad_words` may become: the device state holds a fixed number."""
+MAX_BAD_WORD_LEN = 8
+"""Tokens of the longest such sequence."""
+
+
+class PromptDict(TypedDict, total=False):
+    """A prompt as a dict: "prompt" or "prompt_token_ids", or both (then the text is only kept for the output)."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+    cache_salt: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        text: The text; None if only token ids are given.
+        token_ids: The token ids; None if the text is to be tokenised.
+        cache_salt: Cached pages are shared only with requests of the same salt.
+        add_special_tokens: Whether tokenising adds BOS and the like (a rendered chat has them in its text).
+    """
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    cache_salt: str | None = None
+    add_special_tokens: bool = True
+
+
+PromptInput = str | Sequence[int] | PromptDict | Prompt
+
+
+@dataclass
+class ProcessedInput:
+    """What the engine adds for one prompt.
+
+    Attributes:
+        request_id: The id the caller knows.
+        prompt_text: The prompt's text, if it was given one.
+        prompt_token_ids: Its token ids, truncated if asked for.
+        params: The checked parameters of the whole request.
+        children: One `Request` for each of the `n` completions.
+    """
+
+    request_id: str
+    prompt_text: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    children: list[Request]
+
+
+def normalize_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
+    """Turns one prompt or many, each text, token ids or a dict, into a list.
+
+    A list of integers is one prompt of token ids; any other list (or tuple) is several prompts.
+
+    Raises:
+        ValueError: Something in it is no prompt.
+    """
+    if isinstance(prompts, (str, Mapping, Prompt)) or _is_token_list(prompts):
+        return [_normalize_prompt(prompts)]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray)):
+        raise ValueError(f"prompt must be {_ACCEPTED}, or a list of these, got {prompts!r}")
+    return [_at(f"prompts[{i}]", _normalize_prompt, prompt) for i, prompt in enumerate(prompts)]
+
+
+_ACCEPTED = 'a string, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+
+
+def _is_token_list(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "iu"
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], numbers.Integral)
+
+
+def _normalize_prompt(prompt: Any) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    if isinstance(prompt, Mapping):
+        return _normalize_dict(prompt)
+    if isinstance(prompt, (list, tuple, np.ndarray)):
+        return Prompt(token_ids=_checked_token_ids(prompt))
+    raise ValueError(f"prompt must be {_ACCEPTED}, got {prompt!r}")
+
+
+def _normalize_dict(prompt: Mapping[str, Any]) -> Prompt:
+    unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids", "cache_salt")]
+    if unknown:
+        raise ValueError(
+            f'a prompt dict may hold "prompt", "prompt_token_ids" and "cache_salt", got key {unknown[0]!r}'
+        )
+    text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
+    if text is None and token_ids is None:
+        raise ValueError(f'a prompt dict must hold "prompt" or "prompt_token_ids", got {dict(prompt)!r}')
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f'"prompt" must be a string, got {text!r}')
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(f'"cache_salt" must be a string that is not empty, got {salt!r}')
+    return Prompt(text, None if token_ids is None else _checked_token_ids(token_ids), salt)
+
+
+def _checked_token_ids(values: Any) -> list[int]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"prompt_token_ids must be a list of integers, got {values!r}")
+    result = []
+    for value in values:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+            raise ValueError(f"prompt_token_ids must be a list of integers, got {value!r} in it")
+        result.append(int(value))
+    return result
+
+
+def _at[**P, R](where: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls a function; a ValueError's message then begins with the place it is about."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+class InputProcessor:
+    """Makes checked `Request`s of prompts and parameters.
+
+    Args:
+        tokenizer: None if prompts are token ids only and nothing is detokenised.
+        vocab_size: Rows of the model's embedding table: token ids are below it.
+        max_model_len: Tokens of prompt and output together at most.
+        max_logprobs: Largest `logprobs` and `prompt_logprobs`; -1 means no limit.
+        eos_token_ids: Tokens that end the output unless `ignore_eos`.
+        default_params: Used where a caller gives None.
+        max_bad_words: See `MAX_BAD_WORDS`.
+        max_bad_word_len: See `MAX_BAD_WORD_LEN`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_logprobs: int = 20,
+        eos_token_ids: Iterable[int] = (),
+        default_params: SamplingParams | None = None,
+        max_bad_words: int = MAX_BAD_WORDS,
+        max_bad_word_len: int = MAX_BAD_WORD_LEN,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.max_logprobs = max_logprobs
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.default_params = default_params or SamplingParams()
+        self.max_bad_words = max_bad_words
+        self.max_bad_word_len = max_bad_word_len
+
+    def process_batch(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Callable[[int], str] | Sequence[str],
+        priority: int | Sequence[int] | None = None,
+        arrival_time: float = 0.0,
+    ) -> list[ProcessedInput]:
+        """Makes the requests of a call of `generate`: of all prompts, or, if one is wrong, of none.
+
+        Args:
+            prompts: One prompt or many.
+            params: One for all prompts, or one each; None means the default.
+            request_ids: An id for each prompt, or a function of its place.
+            priority: One for all prompts, or one each; None means 0.
+            arrival_time: Seconds.
+
+        Raises:
+            ValueError: Says which prompt, field and value is wrong.
+        """
+        normal = normalize_prompts(prompts)
+        num = len(normal)
+        all_params = self._one_each("sampling_params", params, num, SamplingParams)
+        priorities = self._one_each("priority", priority, num, numbers.Integral)
+        ids = [request_ids(i) for i in range(num)] if callable(request_ids) else list(request_ids)
+        if len(ids) != num:
+            raise ValueError(f"request_ids must be as many as the prompts ({num}), got {len(ids)}")
+        results = []
+        for i, prompt in enumerate(normal):
+            where = f"prompts[{i}]" if num > 1 else "prompt"
+            results.append(
+                _at(where, self.process_one, ids[i], prompt, all_params[i], int(priorities[i] or 0), arrival_time)
+            )
+        return results
+
+    def process(
+        self,
+        request_id: str,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        arrival_time: float = 0.0,
+        cache_salt: str | None = None,
+    ) -> list[Request]:
+        """Makes the `n` requests of one prompt: see `process_one`."""
+        return self.process_one(request_id, prompt, params, priority, arrival_time, cache_salt).children
+
+    def process_one(
+        self,
+        request_id: str,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        arrival_time: float = 0.0,
+        cache_salt: str | None = None,
+    ) -> ProcessedInput:
+        """Tokenises and checks one prompt and its parameters; neither is changed.
+
+        The children of `n > 1` are called "0_<request_id>", "1_<request_id>", ..., and child `i` has seed `seed + i`.
+
+        Raises:
+            ValueError: Names the field and the value that is wrong.
+        """
+        normal = _normalize_prompt(prompt)
+        params = self.default_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+        params = params.clone()
+        self._check_params(params)
+        params.bad_words_token_ids = self._tokenize_bad_words(params.bad_words or [])
+        token_ids = self._prompt_token_ids(normal, params)
+        room = self.max_model_len - len(token_ids)
+        assert params.stop_token_ids is not None
+        stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        children = []
+        for index in range(params.n):
+            child_params = params
+            if params.n > 1:
+                child_params = params.clone()
+                child_params.n = 1
+                child_params.seed = None if params.seed is None else params.seed + index
+            children.append(
+                Request(
+                    request_id=request_id if params.n == 1 else f"{index}_{request_id}",
+                    prompt_token_ids=token_ids,
+                    sampling_params=child_params,
+                    max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+                    stop_token_ids=stop_token_ids,
+                    priority=priority,
+                    arrival_time=arrival_time,
+                    cache_salt=normal.cache_salt if cache_salt is None else cache_salt,
+                )
+            )
+        return ProcessedInput(request_id, normal.text, token_ids, params, children)
+
+    @staticmethod
+    def _one_each(name: str, values: Any, num: int, kind: type) -> list[Any]:
+        """Spreads one value over `num` prompts, or checks that a list has one for each."""
+        if values is None or isinstance(values, kind):
+            return [values] * num
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+            raise ValueError(f"{name} must be {kind.__name__} or a list of them, got {values!r}")
+        if len(values) != num:
+            raise ValueError(f"{name} must be one for all prompts or one each: got {len(values)} for {num} prompts")
+        for value in values:
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be {kind.__name__} or a list of them, got {value!r} in the list")
+        return list(values)
+
+    def _prompt_token_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        token_ids = prompt.token_ids
+        if token_ids is None:
+            assert prompt.text is not None
+            if self.tokenizer is None:
+                raise ValueError(f"prompt={prompt.text!r}: there is no tokenizer; give prompt_token_ids")
+            token_ids = list(self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens))
+        if not token_ids:
+            given = "prompt_token_ids=[]" if prompt.token_ids is not None else f"prompt={prompt.text!r}"
+            raise ValueError(f"{given}: a prompt must have at least one token")
+        self._check_in_vocabulary("prompt_token_ids", token_ids)
+        if params.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-self._num_kept(params) :]
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, but max_model_len={self.max_model_len} leaves room for "
+                f"{self.max_model_len - 1} and one output token; shorten it or set truncate_prompt_tokens"
+            )
+        return token_ids
+
+    def _num_kept(self, params: SamplingParams) -> int:
+        """Tokens of the prompt that `truncate_prompt_tokens` keeps; for -1 all that leave room for `max_tokens`."""
+        num_kept = params.truncate_prompt_tokens
+        assert num_kept is not None
+        if num_kept == -1:
+            return max(1, self.max_model_len - (params.max_tokens or 1))
+        if num_kept >= self.max_model_len:
+            raise ValueError(
+                f"truncate_prompt_tokens must be below max_model_len={self.max_model_len}, or -1, got {num_kept}"
+            )
+        return num_kept
+
+    def _check_params(self, params: SamplingParams) -> None:
+        # A parameter object may have been changed since it was made, which checks nothing by itself.
+        params.__post_init__()
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            asked = self.vocab_size if value == -1 else value
+            if asked is not None and self.max_logprobs != -1 and asked > self.max_logprobs:
+                raise ValueError(
+                    f"{name} must be at most max_logprobs={self.max_logprobs}, got {value}"
+                    + (f" (the whole vocabulary, {self.vocab_size})" if value == -1 else "")
+                )
+        self._check_in_vocabulary("stop_token_ids", params.stop_token_ids or ())
+        self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_in_vocabulary("logit_bias", params.logit_bias or ())
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r}: there is no tokenizer to make text to search in")
+
+    def _check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+        # min and max: prompts are long, and this is on the way to the first token.
+        lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"{name}: token ids must be in [0, {self.vocab_size}), got {wrong}")
+
+    def _tokenize_bad_words(self, words: Iterable[str]) -> list[list[int]]:
+        """Returns the token sequences of words, each as it is at the beginning of a text and after a space.
+
+        The form after a space counts only if it is as long and begins with another token, as in vLLM: a tokenizer that
+        writes the space as a token of its own would otherwise ban what follows that token.
+        """
+        sequences: list[list[int]] = []
+        for word in words:
+            if self.tokenizer is None:
+                raise ValueError(f"bad_words: {word!r} needs a tokenizer, and there is none")
+            bare, spaced = (
+                list(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
+            )
+            if not bare:
+                raise ValueError(f"bad_words: {word!r} has no tokens")
+            forms = [bare]
+            if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
+                forms.append(spaced)
+            for form in forms:
+                if len(form) > self.max_bad_word_len:
+                    raise ValueError(
+                        f"bad_words: {word!r} has {len(form)} tokens, at most {self.max_bad_word_len} are supported"
+                    )
+                if form not in sequences:
+                    sequences.append(form)
+        if len(sequences) > self.max_bad_words:
+            raise ValueError(
+                f"bad_words make {len(sequences)} token sequences (a word may make two), "
+                f"at most {self.max_bad_words} are supported"
+            )
+        return sequences

@@ -1,0 +1,145 @@
+"""Fills a model's parameters: from a checkpoint, shard by shard, or with random numbers."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.models.causal_lm import CausalLM
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.param import initial_value
+from jaxengine.models.registry import model_class
+from jaxengine.models.weights import WeightSpec, parameters
+from jaxengine.sharding.rules import named_sharding
+
+NUM_READERS = 4
+"""Threads that read, convert and copy tensors: enough to keep a disk busy, few enough to bound the copies alive."""
+
+
+def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> CausalLM:
+    """Builds a model and fills it from a checkpoint.
+
+    Every device gets only its shards: with memory-mapped tensors no more than that is read.
+
+    Args:
+        checkpoint: Where the tensors come from.
+        config: The model, as `ModelConfig.from_hf(checkpoint.config)` gives it.
+        dtype: Dtype of all parameters.
+        mesh: Where they go; None puts all on the default device.
+
+    Raises:
+        ValueError: A tensor is missing, has another shape than the configuration says, or is not part of the model.
+    """
+    family = model_class(config.architecture)
+    model = family(config, dtype=dtype)
+    available = checkpoint.tensor_names()
+    specs = {
+        path: WeightSpec(tuple(_find(name, available, family, checkpoint) for name in spec.names), spec.transpose)
+        for path, spec in family.weight_map(config).items()
+    }
+    _check_nothing_is_left(specs, available, config, family, checkpoint)
+    params = parameters(model)
+
+    def fill(path: str) -> None:
+        param, spec = params[path], specs[path]
+        tensors = [checkpoint.get(name) for name in spec.names]
+        tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
+        _check_shapes(path, param.shape, spec, tensors, checkpoint)
+        sharding = _sharding(param, mesh)
+        read = functools.partial(_read_slice, tensors, np.dtype(dtype))
+        param.set_value(jax.make_array_from_callback(param.shape, sharding, read))
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        list(pool.map(fill, specs))  # raises the first error
+    return model
+
+
+def init_dummy(config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None, seed: int = 0) -> CausalLM:
+    """Builds a model with random weights, made on the devices where they stay: for benchmarks and tests.
+
+    Args:
+        config: The model.
+        dtype: Dtype of all parameters.
+        mesh: Where they go; None puts all on the default device.
+        seed: The same seed gives the same weights.
+    """
+    model = model_class(config.architecture)(config, dtype=dtype)
+    key = jax.random.key(seed)
+    for index, param in enumerate(parameters(model).values()):
+        make = _dummy_maker(param.shape, np.dtype(dtype), param.get_metadata("init"), _sharding(param, mesh))
+        param.set_value(make(jax.random.fold_in(key, index)))
+    return model
+
+
+@functools.lru_cache(maxsize=64)
+def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: Sharding) -> Any:
+    """One compiled function for all parameters of the same shape."""
+    return jax.jit(
+        functools.partial(initial_value, shape=shape, dtype=dtype, init=init),
+        out_shardings=sharding,
+    )
+
+
+def _sharding(param: nnx.Param, mesh: Mesh | None) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jnp.zeros(()).device)  # honours jax.default_device
+    return named_sharding(mesh, param.get_metadata("axes"), param.shape)
+
+
+def _read_slice(tensors: list[np.ndarray], dtype: np.dtype, index: tuple[slice, ...] | None) -> np.ndarray:
+    """The part `index` of `tensors` concatenated on the first axis, in `dtype`, reading no more than that."""
+    assert index is not None  # JAX passes None for scalars only
+    total = sum(tensor.shape[0] for tensor in tensors)
+    start, stop, _ = index[0].indices(total)
+    parts, offset = [], 0
+    for tensor in tensors:
+        low, high = max(start - offset, 0), min(stop - offset, tensor.shape[0])
+        if low < high:
+            parts.append(tensor[(slice(low, high), *index[1:])])
+        offset += tensor.shape[0]
+    if len(parts) == 1:
+        return np.ascontiguousarray(parts[0].astype(dtype, copy=False))
+    return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+
+
+def _find(name: str, available: set[str], family: type[CausalLM], checkpoint: Checkpoint) -> str:
+    """The name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
+    for candidate in (name, name.removeprefix(family.base_prefix)):
+        if candidate in available:
+            return candidate
+    raise ValueError(f"tensor {name!r} is missing in {checkpoint.path}, which has {len(available)} tensors")
+
+
+def _check_nothing_is_left(
+    specs: dict[str, WeightSpec],
+    available: set[str],
+    config: ModelConfig,
+    family: type[CausalLM],
+    checkpoint: Checkpoint,
+) -> None:
+    """Raises on tensors that nothing reads (biases, scales, ...): the model would run, and answer wrongly."""
+    left = available - {name for spec in specs.values() for name in spec.names}
+    ignored = (*family.ignored_tensors, *(("lm_head.weight",) if config.tie_word_embeddings else ()))
+    left = {name for name in left if not name.endswith(ignored)}
+    if left:
+        shown = ", ".join(sorted(left)[:5])
+        raise ValueError(f"{len(left)} tensors of {checkpoint.path} are not part of {config.architecture}: {shown}")
+
+
+def _check_shapes(
+    path: str, shape: tuple[int, ...], spec: WeightSpec, tensors: list[np.ndarray], checkpoint: Checkpoint
+) -> None:
+    rows = sum(tensor.shape[0] for tensor in tensors if tensor.ndim)
+    if rows == shape[0] and all(tensor.ndim == len(shape) and tensor.shape[1:] == shape[1:] for tensor in tensors):
+        return
+    found = ", ".join(f"{name!r} {tensor.shape}" for name, tensor in zip(spec.names, tensors, strict=True))
+    raise ValueError(f"{checkpoint.path} has {found}; the configuration wants {shape} for {path}")

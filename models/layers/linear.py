@@ -1,0 +1,59 @@
+"""Linear layers. Every matrix product with a weight goes through `matmul`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxengine.models.layers.param import parameter
+
+
+def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """`x @ weight.T` with the sums in float32.
+
+    Contracting the last axis of both keeps weights in the checkpoint's orientation (no transpose at load) and is what
+    CPUs run fastest.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        out_dtype: Dtype of the result; by default that of `x`.
+
+    Returns:
+        `[..., out]`.
+    """
+    product = lax.dot_general(
+        x,
+        weight.astype(x.dtype),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(out_dtype or x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`, weight `[out, in]`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str | None, str | None],
+        *,
+        bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+    ):
+        """Makes the layer; `axes` are the logical axes of `[out, in]`."""
+        self.weight = parameter((out_features, in_features), axes, dtype=dtype, rngs=rngs)
+        self.bias = parameter((out_features,), axes[:1], dtype=dtype, rngs=rngs, init="zeros") if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
+        """Applies the layer."""
+        if self.bias is None:
+            return matmul(x, self.weight[...])
+        # The bias is added before rounding, as a fused kernel would.
+        return (matmul(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

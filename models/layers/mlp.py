@@ -1,0 +1,61 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.linear import Linear
+from jaxengine.sharding import axes
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+"""By the names of Hugging Face's configurations, which `models.config.ACTIVATIONS` lists."""
+
+
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """Applies an activation in float32; the result stays float32, for a product that may follow."""
+    return ACTIVATION_FUNCTIONS[name](x.astype(jnp.float32))
+
+
+class GatedMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, with gate and up in one product."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        """Makes the layer of a model's own sizes."""
+        dim, ffn_dim, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(dim, 2 * ffn_dim, (axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [T, D] -> [T, D]
+        """Applies the layer."""
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # [T, F] each
+        hidden = (activate(gate, self.activation) * up.astype(jnp.float32)).astype(x.dtype)
+        return self.down_proj(hidden)
+
+
+class MLP(nnx.Module):
+    """`down(act(up(x)))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        """Makes the layer of a model's own sizes."""
+        dim, ffn_dim, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up_proj = Linear(dim, ffn_dim, (axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [T, D] -> [T, D]
+        """Applies the layer."""
+        return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype))

@@ -1,0 +1,64 @@
+"""Normalisation, computed in float32 whatever the dtype of the activations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxengine.models.layers.param import parameter
+from jaxengine.sharding import axes
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis (arXiv 1910.07467)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float,
+        unit_offset: bool = False,
+        axis: str = axes.EMBED,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+    ):
+        """Makes the norm.
+
+        Args:
+            dim: Size of the last axis.
+            eps: Added to the mean square.
+            unit_offset: Multiply by `1 + weight` (Gemma) instead of `weight`.
+            axis: Logical axis of the weight.
+            dtype: Dtype of the weight.
+            rngs: As in `parameter`.
+        """
+        self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init="zeros" if unit_offset else "ones")
+        self.eps = eps
+        self.unit_offset = unit_offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., dim] -> [..., dim]
+        """Applies the norm."""
+        wide = x.astype(jnp.float32)
+        scale = self.weight[...].astype(jnp.float32) + (1.0 if self.unit_offset else 0.0)
+        normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with bias over the last axis."""
+
+    def __init__(self, dim: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        """Makes the norm; see `RMSNorm`."""
+        self.weight = parameter((dim,), (axes.EMBED,), dtype=dtype, rngs=rngs, init="ones")
+        self.bias = parameter((dim,), (axes.EMBED,), dtype=dtype, rngs=rngs, init="zeros")
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., dim] -> [..., dim]
+        """Applies the norm."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

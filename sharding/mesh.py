@@ -1,0 +1,36 @@
+"""The device mesh that every step runs under."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("data", "model", "expert")
+
+
+def make_mesh(data: int = 1, model: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes the mesh ("data", "model", "expert").
+
+    Args:
+        data: Replicas of the model.
+        model: Devices over which heads, FFN columns and vocabulary are split.
+        expert: Devices over which experts are split.
+        devices: The devices to use, at least `data * model * expert`; by default the first ones of the backend.
+
+    Raises:
+        ValueError: A size is not positive, or there are fewer devices than the mesh needs.
+    """
+    sizes = {"data": data, "model": model, "expert": expert}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"mesh axis {name} is {size}; it must be at least 1")
+    available = list(jax.devices() if devices is None else devices)
+    needed = data * model * expert
+    if needed > len(available):
+        raise ValueError(f"a mesh of {sizes} needs {needed} devices, but there are {len(available)}")
+    return jax.make_mesh(
+        (data, model, expert), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=available[:needed]
+    )
