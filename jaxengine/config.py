@@ -82,8 +82,9 @@ class EngineConfig:
         max_logprobs: Most `logprobs` or `prompt_logprobs` a request may ask for.
         seed: Seed of requests that bring none.
         logits_processors: Users' processors, compiled into the step.
-        warmup: "background" compiles all steps while the first already run; "full" waits for all of them; "none" compiles
-            each when it is first needed.
+        warmup: "background" compiles all step shapes while the first already serve; "full" waits for all of them;
+            "lazy" compiles two small ones, enough for everything, and cuts prompts to fit: the fastest start for one
+            short answer; "none" compiles each shape when a step first needs it.
         num_compile_threads: Threads that compile.
     """
 
@@ -99,5 +100,5 @@ class EngineConfig:
     max_logprobs: int = 20
     seed: int = 0
     logits_processors: tuple = ()
-    warmup: Literal["background", "full", "none"] = "background"
+    warmup: Literal["background", "full", "lazy", "none"] = "background"
     num_compile_threads: int = 2

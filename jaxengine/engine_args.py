@@ -13,7 +13,7 @@ from jaxengine.loading.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-WARMUPS = ("background", "full", "none")
+WARMUPS = ("background", "full", "lazy", "none")
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -44,10 +44,10 @@ class EngineArgs:
         async_scheduling: Whether the host runs one step ahead of the device.
         max_logprobs: Most `logprobs` or `prompt_logprobs` a request may ask for.
         generation_config: "auto" takes the model's own default sampling parameters; "vllm" or "none" ignores them.
-        logits_processors: Functions that requests may name in `SamplingParams.logits_processors`, compiled from the start.
-        warmup: "background", "full" or "none"; see `EngineConfig`.
-        compilation_cache_dir: Folder of JAX's persistent compilation cache; None: in the user's cache folder; "" for none.
-        disable_log_stats: Do not log throughput while generating.
+        logits_processors: Functions that requests may name in `SamplingParams.logits_processors`: JAX functions of
+            (logits f32[V], `sampling.sampler.LogitsState`), compiled from the start.
+        warmup: "background", "full", "lazy" or "none"; see `EngineConfig`.
+        compilation_cache_dir: Folder of JAX's persistent compilation cache; None: in the user's cache folder; "": none.
     """
 
     model: str | None = None
@@ -75,7 +75,6 @@ class EngineArgs:
     logits_processors: list[Callable[..., Any]] | None = None
     warmup: str = "background"
     compilation_cache_dir: str | None = None
-    disable_log_stats: bool = True
 
     def __post_init__(self) -> None:
         for name, accepted in (("warmup", WARMUPS), ("load_format", LOAD_FORMATS)):

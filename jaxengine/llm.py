@@ -35,7 +35,8 @@ class LLM:
         """Loads a model.
 
         Args:
-            model: A folder in Hugging Face's form, a GGUF file, or a hub id; None for the embedded SmolLM2-135M-Instruct.
+            model: A folder in Hugging Face's form, a GGUF file, or a hub id; None for the embedded
+                SmolLM2-135M-Instruct.
             **engine_args: Fields of `EngineArgs`.
 
         Raises:

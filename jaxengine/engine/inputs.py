@@ -134,12 +134,14 @@ def _normalize_dict(prompt: Mapping[str, Any]) -> Prompt:
 def _checked_token_ids(values: Any) -> list[int]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ValueError(f"prompt_token_ids must be a list of integers, got {values!r}")
-    result = []
-    for value in values:
+    token_ids = list(values)
+    # Prompts are long: one look at all the types, and at each value only if there is any but int.
+    if set(map(type, token_ids)) <= {int}:
+        return token_ids
+    for value in token_ids:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
             raise ValueError(f"prompt_token_ids must be a list of integers, got {value!r} in it")
-        result.append(int(value))
-    return result
+    return [int(value) for value in token_ids]
 
 
 def _at[**P, R](where: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class LLMEngine:
             try:
                 self.tokenizer = tokenizer.result()
                 runner.load(model.result())
-                self._compilations_at_start = self._wait(runner)
+                self._wait(runner)
             except BaseException:
                 runner.close()
                 raise
@@ -84,8 +84,7 @@ class LLMEngine:
     def _load_tokenizer(self) -> Any:
         if self.args.skip_tokenizer_init:
             return None
-        source = self.checkpoint if self.args.tokenizer is None else resolve_tokenizer(self.args.tokenizer)
-        return source.tokenizer() if isinstance(source, Checkpoint) else source
+        return self.checkpoint.tokenizer() if self.args.tokenizer is None else load_tokenizer(self.args.tokenizer)
 
     def _load_model(self) -> Any:
         from jaxengine.loading.loader import init_dummy, load_model
@@ -97,7 +96,7 @@ class LLMEngine:
     def _wait(self, runner) -> None:
         if self.config.warmup == "full":
             runner.wait_until_warm()
-        elif self.config.warmup == "background":
+        elif self.config.warmup != "none":
             runner.wait_until_ready()
 
     def default_sampling_params(self) -> SamplingParams:
@@ -132,6 +131,7 @@ class LLMEngine:
         """Queues what `input_processor` made."""
         if self._closed:
             raise RuntimeError("the engine has been shut down")
+        self._check_processors(processed.params)
         self._outputs.add(
             processed.request_id,
             processed.prompt_text,
@@ -145,6 +145,27 @@ class LLMEngine:
         except ValueError:
             self.abort_request(processed.request_id)
             raise
+
+    def _check_processors(self, params: SamplingParams) -> None:
+        """Traces each logits processor by itself: one that fails must not take a step down with it."""
+        if not params.logits_processors:
+            return
+        import jax
+        import jax.numpy as jnp
+
+        from jaxengine.sampling.sampler import LogitsState
+
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        vocab = (self.config.model.vocab_size,)
+        logits = jax.ShapeDtypeStruct(vocab, jnp.float32)
+        state: Any = LogitsState(*(scalar, scalar, jax.ShapeDtypeStruct(vocab, jnp.int32)))  # pyright: ignore[reportArgumentType]
+        for processor in params.logits_processors:
+            try:
+                result = jax.eval_shape(processor, logits, state)
+            except Exception as error:  # whatever a user's function may raise
+                raise ValueError(f"logits_processors: {processor!r} cannot be traced by JAX: {error}") from error
+            if getattr(result, "shape", None) != vocab:
+                raise ValueError(f"logits_processors: {processor!r} must return logits {vocab}, got {result}")
 
     def step(self) -> list[RequestOutput]:
         """Runs one step.
@@ -221,11 +242,20 @@ class LLMEngine:
         self.core.runner.close()
 
 
-def resolve_tokenizer(name: str) -> Any:
-    """A tokenizer from another folder or hub id than the model."""
-    from jaxengine.loading.safetensors_checkpoint import load_hf_tokenizer
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer from elsewhere than the model: a GGUF file, a folder or a hub id.
 
-    return load_hf_tokenizer(name)
+    Raises:
+        ValueError: There is none.
+    """
+    if name.endswith(".gguf"):
+        return resolve_model(name).tokenizer()
+    from jaxengine.loading.safetensors_checkpoint import auto_tokenizer
+
+    try:
+        return auto_tokenizer().from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer={name!r} cannot be loaded: {error}") from error
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ class StopFound(NamedTuple):
     stop_string: str
 
 
-@dataclass
+@dataclass(slots=True)
 class _Completion:
     """One of a request's completions while it grows."""
 
@@ -79,7 +80,7 @@ class _Completion:
     has_news: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class _Parent:
     """A request as its caller sees it, with its `n` completions."""
 
@@ -89,11 +90,8 @@ class _Parent:
     params: SamplingParams
     metrics: RequestMetrics
     completions: list[_Completion]
+    num_running: int  # completions that have not ended
     prompt_logprobs_delivered: bool = False
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.finish_reason is not None for completion in self.completions)
 
 
 class OutputProcessor:
@@ -109,15 +107,6 @@ class OutputProcessor:
         self._clock = clock
         self._parents: dict[str, _Parent] = {}
         self._by_child: dict[str, tuple[_Parent, _Completion]] = {}
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests, not counting their completions one by one."""
-        return len(self._parents)
-
-    def has(self, request_id: str) -> bool:
-        """Whether a request (by its caller's id) is unfinished."""
-        return request_id in self._parents
 
     @property
     def request_ids(self) -> list[str]:
@@ -167,7 +156,9 @@ class OutputProcessor:
         metrics = RequestMetrics(
             arrival_time=children[0].arrival_time if children else 0.0, num_prompt_tokens=len(prompt_token_ids)
         )
-        parent = _Parent(parent_request_id, prompt_text, prompt_token_ids, params, metrics, completions)
+        parent = _Parent(
+            parent_request_id, prompt_text, prompt_token_ids, params, metrics, completions, len(completions)
+        )
         self._parents[parent_request_id] = parent
         for completion in completions:
             self._by_child[completion.request.request_id] = parent, completion
@@ -218,7 +209,7 @@ class OutputProcessor:
         for completion in parent.completions:
             if completion.finish_reason is None:
                 completion.detokenizer.finish()
-                self._finish(completion, reason, None)
+                self._finish(parent, completion, reason, None)
         return self._output(parent, self._clock())
 
     def _take(self, parent: _Parent, completion: _Completion, update: SampledUpdate, now: float) -> str | None:
@@ -243,9 +234,9 @@ class OutputProcessor:
         self._count(parent.metrics, completion, num_new, now)
         completion.has_news = True
         if stop_string is not None:
-            self._finish(completion, "stop", stop_string)
+            self._finish(parent, completion, "stop", stop_string)
         elif update.finished:
-            self._finish(completion, request.status.finish_reason or "abort", request.stop_reason)
+            self._finish(parent, completion, request.status.finish_reason or "abort", request.stop_reason)
         return stop_string
 
     @staticmethod
@@ -257,7 +248,8 @@ class OutputProcessor:
         metrics.num_preemptions += completion.request.num_preemptions - completion.num_preemptions
         completion.num_preemptions = completion.request.num_preemptions
 
-    def _finish(self, completion: _Completion, reason: str, stop_reason: int | str | None) -> None:
+    def _finish(self, parent: _Parent, completion: _Completion, reason: str, stop_reason: int | str | None) -> None:
+        parent.num_running -= 1
         completion.finish_reason, completion.stop_reason = reason, stop_reason
         completion.has_news = True
         del self._by_child[completion.request.request_id]
@@ -280,7 +272,7 @@ class OutputProcessor:
 
     def _output(self, parent: _Parent, now: float) -> RequestOutput | None:
         """Makes the output that is due; None if it is not (FINAL_ONLY). A finished request is forgotten."""
-        finished = parent.finished
+        finished = parent.num_running == 0
         if finished:
             parent.metrics.finished_time = now
             del self._parents[parent.request_id]
@@ -301,7 +293,7 @@ class OutputProcessor:
             prompt_logprobs=prompt_logprobs,
             outputs=outputs,
             finished=finished,
-            metrics=replace(parent.metrics),
+            metrics=copy.copy(parent.metrics),
             num_cached_tokens=parent.completions[0].request.num_cached_tokens,
         )
 

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxengine.loading.checkpoint import Checkpoint
@@ -54,9 +53,11 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, me
         tensors = [checkpoint.get(name) for name in spec.names]
         tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
         _check_shapes(path, param.shape, spec, tensors, checkpoint)
-        sharding = _sharding(param, mesh)
         read = functools.partial(_read_slice, tensors, np.dtype(dtype))
-        param.set_value(jax.make_array_from_callback(param.shape, sharding, read))
+        if mesh is None:  # not committed to a device: computations then go wherever their other arguments are
+            param.set_value(jax.device_put(read((slice(None),) * len(param.shape))))
+        else:
+            param.set_value(jax.make_array_from_callback(param.shape, _sharding(param, mesh), read))
 
     with ThreadPoolExecutor(NUM_READERS) as pool:
         list(pool.map(fill, specs))  # raises the first error
@@ -75,13 +76,13 @@ def init_dummy(config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None, 
     model = model_class(config.architecture)(config, dtype=dtype)
     key = jax.random.key(seed)
     for index, param in enumerate(parameters(model).values()):
-        make = _dummy_maker(param.shape, np.dtype(dtype), param.get_metadata("init"), _sharding(param, mesh))
+        make = _dummy_maker(param.shape, np.dtype(dtype), param.get_metadata("init"), mesh and _sharding(param, mesh))
         param.set_value(make(jax.random.fold_in(key, index)))
     return model
 
 
 @functools.lru_cache(maxsize=64)
-def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: Sharding) -> Any:
+def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: Sharding | None) -> Any:
     """One compiled function for all parameters of the same shape."""
     return jax.jit(
         functools.partial(initial_value, shape=shape, dtype=dtype, init=init),
@@ -89,9 +90,7 @@ def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: S
     )
 
 
-def _sharding(param: nnx.Param, mesh: Mesh | None) -> Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jnp.zeros(()).device)  # honours jax.default_device
+def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
     return named_sharding(mesh, param.get_metadata("axes"), param.shape)
 
 

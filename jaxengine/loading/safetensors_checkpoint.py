@@ -158,7 +158,7 @@ class HFCheckpoint:
                 if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
                     raise ValueError(f"{self.path} has no tokenizer: it holds none of {', '.join(_TOKENIZER_FILES)}")
                 try:
-                    self._tokenizer = _auto_tokenizer().from_pretrained(str(self.path), local_files_only=True)
+                    self._tokenizer = auto_tokenizer().from_pretrained(str(self.path), local_files_only=True)
                 except (OSError, ImportError, KeyError) as error:
                     raise ValueError(f"the tokenizer of {self.path} cannot be built: {error}") from error
             return self._tokenizer
@@ -224,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _auto_tokenizer() -> Any:
+def auto_tokenizer() -> Any:
     """transformers' AutoTokenizer, imported without its advice to install PyTorch, which is not needed here."""
     logger = logging.getLogger("transformers")
 

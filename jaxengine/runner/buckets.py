@@ -15,8 +15,8 @@ class Bucket(NamedTuple):
 def token_sizes(max_tokens: int, *, coarse: bool) -> list[int]:
     """Sizes of the token dimension, ascending, `max_tokens` last.
 
-    Above 64 a step carries at most 25% padding. `coarse` is for CPUs, where a compilation costs seconds of the cores that
-    also compute: at most 50%.
+    Above 64 a step carries at most 25% padding. `coarse` is for CPUs, where a compilation costs seconds of the cores
+    that also compute: at most 50%.
     """
     sizes = [1, 4, 16, 32, 64] if coarse else [1, 2, 4, 8, 16, 32, 48, 64]
     power = 64

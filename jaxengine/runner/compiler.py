@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
@@ -22,7 +24,7 @@ class CompilationCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **kwargs: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == self.EVENT:
             self.count += 1
 
@@ -31,6 +33,7 @@ class StepCompiler:
     """A set of compiled functions by key. Work is done by daemon threads, so a program can end before it is."""
 
     URGENT = -1
+    """Ahead of the warm-up: a step waits."""
 
     def __init__(self, compile_one: Callable[[Any], Any], num_threads: int):
         self._compile_one = compile_one
@@ -86,6 +89,7 @@ class StepCompiler:
             future.cancel()
 
     def _work(self) -> None:
+        _be_nice()
         while not self._closed:
             _, _, key = self._queue.get()
             if key is None:
@@ -99,3 +103,12 @@ class StepCompiler:
             except BaseException as error:  # handed to whoever waits for the key
                 logger.debug("compilation of %s failed", key, exc_info=True)
                 future.set_exception(error)
+
+
+def _be_nice() -> None:
+    """Lowers this thread's priority, and that of the threads XLA starts from it, below the running steps'.
+
+    Linux only, where priorities belong to threads. On CPU the compiler and the steps share the cores.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

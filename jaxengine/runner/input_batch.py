@@ -61,7 +61,7 @@ class PackedLayout:
             "page_table": (num_seqs, table_width),
             "num_seqs": (),
             "num_decodes": (),
-            **{name: (num_seqs,) for name in INT_FIELDS + FLOAT_FIELDS},
+            **dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, (num_seqs,)),
         }
         self.offsets, self.size = {}, 0
         for name, shape in self.shapes.items():
@@ -88,9 +88,7 @@ class PackedLayout:
             **{n: fields[n] for n in ("kv_lens", "query_starts", "page_table", "num_seqs", "num_decodes")}
         )
         rows = SamplingRows(**{name: fields[name] for name in INT_FIELDS + FLOAT_FIELDS})
-        return StepInputs(
-            fields["token_ids"], fields["positions"], fields["targets"], fields["last_rows"], meta, rows
-        )
+        return StepInputs(fields["token_ids"], fields["positions"], fields["targets"], fields["last_rows"], meta, rows)
 
 
 class SlotTable:
@@ -180,7 +178,9 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
         slots.update_pages(sequence)
 
     token_ids, positions = views["token_ids"], views["positions"]
-    token_ids[:num_decodes] = [-1 if s.token_on_device else s.request.all_token_ids[s.start] for s in sequences[:num_decodes]]
+    token_ids[:num_decodes] = [
+        -1 if s.token_on_device else s.request.all_token_ids[s.start] for s in sequences[:num_decodes]
+    ]
     positions[:num_decodes] = starts[:num_decodes]
     for i in range(num_decodes, num_seqs):
         sequence, rows = sequences[i], slice(ends[i] - lengths[i], ends[i])
@@ -189,7 +189,9 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
     views["targets"][:] = -1
     for i, sequence in enumerate(sequences):
         if sequence.request.sampling_params.prompt_logprobs is not None:
-            targets = sequence.request.prompt_token_ids[sequence.start + 1 : sequence.start + 1 + sequence.num_new_tokens]
+            targets = sequence.request.prompt_token_ids[
+                sequence.start + 1 : sequence.start + 1 + sequence.num_new_tokens
+            ]
             views["targets"][ends[i] - lengths[i] :][: len(targets)] = targets
 
     views["kv_lens"][:num_seqs] = starts + lengths

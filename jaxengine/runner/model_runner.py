@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 MAX_LOGITS_PROCESSORS = 31
 # A step may run in a larger bucket than it needs while its own is being compiled, but not in one much larger.
 MAX_STRETCH = 4
+# What "lazy" compiles ahead: the first small bucket, and the decode of one request.
+LAZY_SHAPES = 2
 
 
 class StepKey(NamedTuple):
@@ -118,7 +120,7 @@ class ModelRunner:
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
         self._compiler = StepCompiler(self._compile, config.num_compile_threads)
         if config.warmup != "none":
-            self._compiler.add(self._warmup_keys())
+            self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure."""
@@ -143,9 +145,7 @@ class ModelRunner:
 
     def _lower(self, key: StepKey, num_pages: int) -> jax.stages.Lowered:
         layout = PackedLayout(key.bucket, self.table_width)
-        step = make_step(
-            self._flat, layout, full=key.full, processors=key.processors, num_top=self.config.max_logprobs
-        )
+        step = make_step(self._flat, layout, full=key.full, processors=key.processors, num_top=self.config.max_logprobs)
         return jax.jit(step, donate_argnums=(1, 2)).lower(*self._abstract_args(layout, num_pages))
 
     def _compile(self, key: StepKey | str) -> Any:
@@ -157,13 +157,15 @@ class ModelRunner:
         return self._set_slot.lower(state, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
 
     def _compiler_options(self) -> dict[str, Any]:
-        # On CPU, LLVM's level 1 compiles a 135M model's step in 2.5 s instead of 3.4 s, and the step is as fast: the time
-        # is in library matmuls (measured on 2 cores, 2026-11-23).
+        # On CPU, LLVM's level 1 compiles a 135M model's step in 2.5 s instead of 3.4 s, and the step is as fast: the
+        # time is in library matmuls (measured on 2 cores, 2026-11-23).
         return {"xla_backend_optimization_level": 1} if self.is_cpu else {}
 
     def _step_temporary_bytes(self) -> int:
         """Memory that the largest step needs beside its arguments, and that the weights need."""
         memory = self._lower(StepKey(self.buckets[-1], True, self._processors), 16).compile().memory_analysis()
+        if memory is None:
+            raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in self._flat.leaves)
         return weights + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
@@ -184,21 +186,23 @@ class ModelRunner:
     def max_ready_tokens(self, full: bool) -> int | None:
         """How many tokens the next step may have so that a compiled bucket holds it, however many sequences they are.
 
-        None if nothing is compiled yet: then the step waits for its own bucket.
+        While nothing is compiled yet, as many as the bucket that will be first. None for any number.
         """
+        if self.config.warmup == "none":
+            return None
         most = self.config.scheduler.max_num_seqs
         ready = [
             bucket.num_tokens
             for bucket in self.buckets
             if bucket.num_seqs == min(bucket.num_tokens, most) and self._is_ready(bucket, full)
         ]
-        return max(ready) if ready and self.config.warmup != "none" else None
+        return max(ready, default=warmup_order(self.buckets)[0].num_tokens)
 
     def _is_ready(self, bucket: Bucket, full: bool) -> bool:
         return self._compiler.is_ready(StepKey(bucket, full, self._processors))
 
     def _pick(self, num_tokens: int, num_seqs: int, full: bool) -> Bucket:
-        """The smallest compiled bucket that holds a step, or the smallest of all if the compiled ones are far larger."""
+        """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
         candidates = fitting(self.buckets, num_tokens, num_seqs)
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
         for bucket in candidates:
@@ -239,7 +243,9 @@ class ModelRunner:
         new = tuple(p for p in processors if p not in self._processors)
         if new:
             if len(self._processors) + len(new) > MAX_LOGITS_PROCESSORS:
-                raise ValueError(f"logits_processors: at most {MAX_LOGITS_PROCESSORS} different ones in an engine's life")
+                raise ValueError(
+                    f"logits_processors: at most {MAX_LOGITS_PROCESSORS} different ones in an engine's life"
+                )
             logger.warning("compiling again for a logits processor that was not given to LLM(logits_processors=[...])")
             self._processors += new
         return sum(1 << self._processors.index(p) for p in processors)

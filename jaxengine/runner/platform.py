@@ -27,7 +27,7 @@ def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None
     "auto" is the checkpoint's dtype, with two exceptions: float32 checkpoints run in bfloat16 on accelerators, as in
     vLLM, and CPUs compute in float32. XLA's bfloat16 matmuls on a CPU without native bfloat16 read weights at 1 GB/s
     for one row, against 20 GB/s in float32, and are no faster for many (2 AVX2 cores, 2026-11-23). The cache keeps the
-    checkpoint's dtype there: half the memory to read, and faster than float32 (1.2 against 1.8 ms a layer for 32 x 192).
+    checkpoint's dtype there: half the memory to read, and faster than float32 (1.2 against 1.8 ms a layer, 32 x 192).
 
     Raises:
         ValueError: A name that is not accepted.

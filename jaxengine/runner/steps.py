@@ -42,7 +42,9 @@ class FlatModel:
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))
 
 
-def make_step(model: FlatModel, layout: PackedLayout, *, full: bool, processors: Sequence[LogitsProcessor], num_top: int):
+def make_step(
+    model: FlatModel, layout: PackedLayout, *, full: bool, processors: Sequence[LogitsProcessor], num_top: int
+):
     """The step for one bucket.
 
     Args:

@@ -1,7 +1,7 @@
 """Chooses the next token of every row, each with its own parameters.
 
-The order is vLLM's: banned tokens, bad words, min_tokens, logit bias and the user's processors, penalties; then argmax, or
-temperature, min-p, top-k, top-p and a draw. Log probabilities are those of the unchanged logits.
+The order is vLLM's: banned tokens and logit bias, bad words, min_tokens, the user's processors, penalties; then argmax,
+or temperature, min-p, top-k, top-p and a draw. Log probabilities are those of the unchanged logits.
 
 Parts that no row of the step asks for are skipped at run time (`lax.cond`), so that one compiled step serves them all.
 """
