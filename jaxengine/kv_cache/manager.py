@@ -130,4 +130,6 @@ class KVCacheManager:
         return self.pool.reset()
 
     def _reads_cache(self, request: Request) -> bool:
-        return self.enable_prefix_caching and request.sampling_params.prompt_logprobs is None
+        params = request.sampling_params
+        skips = params.skip_reading_prefix_cache or params.prompt_logprobs is not None
+        return self.enable_prefix_caching and not skips

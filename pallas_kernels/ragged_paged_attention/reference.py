@@ -9,7 +9,6 @@ a block keep the per-operation overhead of XLA's CPU backend small. Longer chunk
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
