@@ -52,7 +52,7 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, me
         param, spec = params[path], specs[path]
         tensors = [checkpoint.get(name) for name in spec.names]
         tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
-        _check_shapes(path, param.shape, spec, tensors, checkpoint)
+        _check_shapes(path, param, spec, tensors, checkpoint)
         read = functools.partial(_read_slice, tensors, np.dtype(dtype))
         if mesh is None:  # not committed to a device: computations then go wherever their other arguments are
             param.set_value(jax.device_put(read((slice(None),) * len(param.shape))))
@@ -135,10 +135,15 @@ def _check_nothing_is_left(
 
 
 def _check_shapes(
-    path: str, shape: tuple[int, ...], spec: WeightSpec, tensors: list[np.ndarray], checkpoint: Checkpoint
+    path: str, param: nnx.Param, spec: WeightSpec, tensors: list[np.ndarray], checkpoint: Checkpoint
 ) -> None:
-    rows = sum(tensor.shape[0] for tensor in tensors if tensor.ndim)
-    if rows == shape[0] and all(tensor.ndim == len(shape) and tensor.shape[1:] == shape[1:] for tensor in tensors):
-        return
-    found = ", ".join(f"{name!r} {tensor.shape}" for name, tensor in zip(spec.names, tensors, strict=True))
-    raise ValueError(f"{checkpoint.path} has {found}; the configuration wants {shape} for {path}")
+    """Checks each tensor, not only their sum: parts of a fused weight could have changed places."""
+    rows = param.get_metadata("parts") if len(tensors) > 1 else param.shape[:1]
+    wanted = [(row, *param.shape[1:]) for row in rows]
+    for name, tensor, shape in zip(spec.names, tensors, wanted, strict=True):
+        if tensor.shape != shape:
+            stored = tensor.shape[::-1] if spec.transpose else tensor.shape
+            raise ValueError(
+                f"tensor {name!r} of {checkpoint.path} has shape {stored}; the configuration wants "
+                f"{shape[::-1] if spec.transpose else shape} for {path}"
+            )

@@ -15,13 +15,14 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tikto
 _HUB_IGNORED = ("original/*", "consolidated*", "*/*.safetensors", "onnx/*")
 
 
-def resolve_model(model: str | Path | None, revision: str | None = None) -> Checkpoint:
+def resolve_model(model: str | Path | None, revision: str | None = None, load_format: str = "auto") -> Checkpoint:
     """Finds a model and opens its checkpoint; hub models are fetched into Hugging Face's cache.
 
     Args:
         model: None or `"smollm2-135m-instruct"` (the embedded model), a folder with safetensors, a `.gguf` file, a hub
             id (`owner/name`), or one file of a hub repository (`owner/name:file.gguf`).
         revision: Branch, tag or commit of a hub model.
+        load_format: With "dummy" weights a configuration is enough: a folder with a `config.json`, or a `.json` file.
 
     Raises:
         ValueError: There is no such model, or it is damaged or not supported.
@@ -29,6 +30,10 @@ def resolve_model(model: str | Path | None, revision: str | None = None) -> Chec
     if model is None or str(model).lower() == DEFAULT_MODEL:
         return _open_gguf(_embedded_file())
     path = Path(model).expanduser()
+    if load_format == "dummy" and ((path / "config.json").is_file() or (path.is_file() and path.suffix == ".json")):
+        from jaxengine.loading.config_checkpoint import ConfigCheckpoint
+
+        return ConfigCheckpoint(path)
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():

@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.qkv_proj = Linear(
             config.hidden_size,
-            q_size + 2 * kv_size,
+            (q_size, kv_size, kv_size),
             (axes.QKV_HEADS, axes.EMBED),
             bias=config.qkv_bias,
             dtype=dtype,

@@ -40,16 +40,27 @@ class Linear(nnx.Module):
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        out_features: int | tuple[int, ...],
         axes: tuple[str | None, str | None],
         *,
         bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs | None,
     ):
-        """Makes the layer; `axes` are the logical axes of `[out, in]`."""
-        self.weight = parameter((out_features, in_features), axes, dtype=dtype, rngs=rngs)
-        self.bias = parameter((out_features,), axes[:1], dtype=dtype, rngs=rngs, init="zeros") if bias else None
+        """Makes the layer.
+
+        Args:
+            in_features: Size of the input.
+            out_features: Size of the output, or the sizes of several layers that are fused into this one.
+            axes: Logical axes of `[out, in]`.
+            bias: Whether there is one.
+            dtype: Dtype of the parameters.
+            rngs: As in `parameter`.
+        """
+        parts = out_features if isinstance(out_features, tuple) else (out_features,)
+        size = sum(parts)
+        self.weight = parameter((size, in_features), axes, dtype=dtype, rngs=rngs, parts=parts)
+        self.bias = parameter((size,), axes[:1], dtype=dtype, rngs=rngs, init="zeros", parts=parts) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
         """Applies the layer."""

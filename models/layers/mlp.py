@@ -35,7 +35,7 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         """Makes the layer of a model's own sizes."""
         dim, ffn_dim, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = Linear(dim, 2 * ffn_dim, (axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
+        self.gate_up_proj = Linear(dim, (ffn_dim, ffn_dim), (axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 

@@ -17,6 +17,7 @@ def parameter(
     dtype: DTypeLike,
     rngs: nnx.Rngs | None,
     init: str = "normal",
+    parts: tuple[int, ...] = (),
 ) -> nnx.Param:
     """Makes a parameter that knows its logical axes.
 
@@ -27,10 +28,11 @@ def parameter(
         rngs: Random numbers for its initial value. None makes it abstract (a `jax.ShapeDtypeStruct`), for the loader
             to fill: building a model then takes no time and no memory.
         init: "normal" (standard deviation 0.02), "ones" or "zeros"; kept as metadata for dummy weights.
+        parts: Sizes along the first axis of what a fused parameter is made of.
     """
     value = jax.ShapeDtypeStruct(shape, dtype) if rngs is None else initial_value(rngs.params(), shape, dtype, init)
     # Not named `sharding` or `out_sharding`: Flax would then want a mesh at hand whenever the value is set.
-    return nnx.Param(value, axes=axes, init=init)
+    return nnx.Param(value, axes=axes, init=init, parts=parts or shape[:1])
 
 
 def initial_value(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, init: str) -> jax.Array:

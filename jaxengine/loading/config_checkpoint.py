@@ -1,0 +1,58 @@
+"""A model of which only the configuration is there: for `load_format="dummy"`, which makes the weights up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class ConfigCheckpoint:
+    """A `config.json` without weights: see `Checkpoint`."""
+
+    def __init__(self, path: str | Path):
+        """Reads the configuration.
+
+        Args:
+            path: A `.json` file in the form of Hugging Face's `config.json`, or a folder with a `config.json`.
+
+        Raises:
+            ValueError: There is no such file, or it holds no JSON object.
+        """
+        self.path = Path(path)
+        file = self.path / "config.json" if self.path.is_dir() else self.path
+        if not file.is_file():
+            raise ValueError(f"{self.path} is not a model: it has no config.json")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is no valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} holds {type(config).__name__}, expected an object")
+        self.config: dict[str, Any] = config
+        self.generation_config: dict[str, Any] = {}
+        eos = config.get("eos_token_id")
+        if eos is not None:
+            self.generation_config["eos_token_id"] = eos if isinstance(eos, list) else [eos]
+
+    def tensor_names(self) -> set[str]:
+        """Always empty."""
+        return set()
+
+    def get(self, name: str) -> np.ndarray:
+        """Always raises ValueError."""
+        raise ValueError(f'{self.path} has no tensor {name!r}: it has no weights, only load_format="dummy" works')
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies beside the configuration.
+
+        Raises:
+            ValueError: There is none.
+        """
+        from jaxengine.loading.safetensors_checkpoint import _TOKENIZER_FILES, auto_tokenizer
+
+        if self.path.is_dir() and any((self.path / name).is_file() for name in _TOKENIZER_FILES):
+            return auto_tokenizer().from_pretrained(str(self.path), local_files_only=True)
+        raise ValueError(f"{self.path} has no tokenizer: set skip_tokenizer_init=True, or name a tokenizer")
