@@ -19,7 +19,7 @@ from jaxengine.models.layers.norm import LayerNorm, RMSNorm
 from jaxengine.models.layers.rope import RopeTable, rope_table
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.weights import WeightSpec, parameters
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
+from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, plan_attention
 from jaxengine.sharding import axes
 
 
@@ -120,13 +120,17 @@ class CausalLM(nnx.Module):
         """
         config = self.config
         tables: dict[RopeConfig, RopeTable] = {}
+        plans: dict[int | None, AttentionMetadata] = {}
         x = self.embed(token_ids, positions)
         new_caches = []
         for index, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
             rope = config.layer_rope(index)
             if rope is not None and rope not in tables:
                 tables[rope] = rope_table(rope, positions, config.max_model_len)
-            x, cache = layer(x, None if rope is None else tables[rope], cache, meta)
+            window = config.window(index)
+            if window not in plans:
+                plans[window] = plan_attention(meta, num_tokens=token_ids.shape[0], cache=cache, sliding_window=window)
+            x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window])
             new_caches.append(cache)
         return self.norm(x), new_caches
 

@@ -16,12 +16,12 @@ def token_sizes(max_tokens: int, *, coarse: bool) -> list[int]:
     """Sizes of the token dimension, ascending, `max_tokens` last.
 
     Above 64 a step carries at most 25% padding. `coarse` is for CPUs, where a compilation costs seconds of the cores
-    that also compute: at most 50%.
+    that also compute: there each size is twice the one before. A step that is full of prompts has no padding anyway.
     """
     sizes = [1, 4, 16, 32, 64] if coarse else [1, 2, 4, 8, 16, 32, 48, 64]
     power = 64
     while sizes[-1] < max_tokens:
-        sizes += [power * step // 4 for step in ((6, 8) if coarse else (5, 6, 7, 8))]
+        sizes += [power * step // 4 for step in ((8,) if coarse else (5, 6, 7, 8))]
         power *= 2
     return [size for size in sizes if size < max_tokens] + [max_tokens]
 
@@ -37,6 +37,15 @@ def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> lis
         if size > 64 and max_seqs > FEW_SEQS:
             buckets.add(Bucket(size, FEW_SEQS))
     return sorted(buckets)
+
+
+def sampler_buckets(buckets: list[Bucket], *, coarse: bool = False) -> list[Bucket]:
+    """The buckets that are compiled with the whole sampler too: on CPUs every second size, and the largest."""
+    if not coarse:
+        return buckets
+    sizes = sorted({bucket.num_tokens for bucket in buckets})
+    kept = {*sizes[::2], sizes[-1]}
+    return [bucket for bucket in buckets if bucket.num_tokens in kept]
 
 
 def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int) -> list[Bucket]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.pallas_kernels.ragged_paged_attention import make_cache
-from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
+from jaxengine.runner.buckets import Bucket, fitting, make_buckets, sampler_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, needs_full_sampler, order_rows, pack
 from jaxengine.runner.memory import num_pages_that_fit
@@ -92,7 +92,7 @@ class ModelRunner:
 
     Attributes:
         num_pages: Pages of the KV cache.
-        buckets: Shapes of the steps.
+        buckets: Shapes of the steps, without (False) and with (True) the whole sampler.
     """
 
     def __init__(self, model: CausalLM, config: EngineConfig):
@@ -107,7 +107,8 @@ class ModelRunner:
         scheduler = config.scheduler
         self.table_width = -(-scheduler.max_model_len // config.block_size)
         self.is_cpu = jax.default_backend() == "cpu"
-        self.buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
+        buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
+        self.buckets = {False: buckets, True: sampler_buckets(buckets, coarse=self.is_cpu)}
         self._flat = FlatModel(model)
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
@@ -129,8 +130,9 @@ class ModelRunner:
     # Compiling
 
     def _warmup_keys(self) -> list[Any]:
-        order = warmup_order(self.buckets)
-        greedy, full = ([StepKey(b, f, self._processors) for b in order] for f in (False, True))
+        greedy, full = (
+            [StepKey(bucket, f, self._processors) for bucket in warmup_order(self.buckets[f])] for f in (False, True)
+        )
         return [*greedy[:4], "set_slot", *full[:2], *greedy[4:], *full[2:]]
 
     def _abstract_args(self, layout: PackedLayout, num_pages: int) -> tuple:
@@ -163,7 +165,7 @@ class ModelRunner:
 
     def _step_temporary_bytes(self) -> int:
         """Memory that the largest step needs beside its arguments, and that the weights need."""
-        memory = self._lower(StepKey(self.buckets[-1], True, self._processors), 16).compile().memory_analysis()
+        memory = self._lower(StepKey(self.buckets[True][-1], True, self._processors), 16).compile().memory_analysis()
         if memory is None:
             raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in self._flat.leaves)
@@ -193,17 +195,17 @@ class ModelRunner:
         most = self.config.scheduler.max_num_seqs
         ready = [
             bucket.num_tokens
-            for bucket in self.buckets
+            for bucket in self.buckets[full]
             if bucket.num_seqs == min(bucket.num_tokens, most) and self._is_ready(bucket, full)
         ]
-        return max(ready, default=warmup_order(self.buckets)[0].num_tokens)
+        return max(ready, default=warmup_order(self.buckets[full])[0].num_tokens)
 
     def _is_ready(self, bucket: Bucket, full: bool) -> bool:
         return self._compiler.is_ready(StepKey(bucket, full, self._processors))
 
     def _pick(self, num_tokens: int, num_seqs: int, full: bool) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
-        candidates = fitting(self.buckets, num_tokens, num_seqs)
+        candidates = fitting(self.buckets[full], num_tokens, num_seqs)
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
         for bucket in candidates:
             if bucket.num_tokens <= limit and self._is_ready(bucket, full):

@@ -4,7 +4,8 @@ from jaxengine.pallas_kernels.ragged_paged_attention.api import (
     AttentionMetadata,
     cache_shape,
     make_cache,
+    plan_attention,
     ragged_paged_attention,
 )
 
-__all__ = ["AttentionMetadata", "cache_shape", "make_cache", "ragged_paged_attention"]
+__all__ = ["AttentionMetadata", "cache_shape", "make_cache", "plan_attention", "ragged_paged_attention"]

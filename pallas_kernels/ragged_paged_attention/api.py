@@ -1,6 +1,7 @@
 """The public op: checks its arguments once and hands them to the platform's implementation."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class AttentionMetadata:
       page_table: i32[S, P], page ids in order; entries past the sequence's end may be any number.
       num_seqs: i32[], sequences in this step; rows from there on are padding.
       num_decodes: i32[], leading sequences with exactly one new token.
+      plan: what `plan_attention` added, or None: then the op plans by itself.
     """
 
     kv_lens: jax.Array
@@ -31,6 +33,7 @@ class AttentionMetadata:
     page_table: jax.Array
     num_seqs: jax.Array
     num_decodes: jax.Array
+    plan: Any = None
 
 
 def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -75,8 +78,7 @@ def ragged_paged_attention(
       implementation: a name in `IMPLEMENTATIONS`.
 
     Returns:
-      out: [T, N, H] in q's dtype, zeros in the padding rows that follow the last decode group at most;
-        padding rows hold finite numbers and nothing else is promised of them.
+      out: [T, N, H] in q's dtype; rows of the padding are finite, and nothing else is promised of them.
       cache: the updated pages.
 
     Raises:
@@ -99,6 +101,30 @@ def ragged_paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def plan_attention(
+    meta: AttentionMetadata,
+    *,
+    num_tokens: int,
+    cache: KVCache,
+    sliding_window: int | None = None,
+    implementation: str = "reference",
+) -> AttentionMetadata:
+    """Adds to the metadata what follows from it alone: done once a step, and not again in every layer.
+
+    Args:
+      meta: lengths and pages.
+      num_tokens: T.
+      cache: any layer's; only its shape is read.
+      sliding_window: the window of the layers that the plan is for.
+      implementation: a name in `IMPLEMENTATIONS`.
+    """
+    num_pages, _, page_size, _ = cache[0].shape
+    plan = IMPLEMENTATIONS[implementation].make_plan(
+        meta, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size, sliding_window=sliding_window
+    )
+    return dataclasses.replace(meta, plan=plan)
 
 
 def _check(q, k, v, cache, meta: AttentionMetadata) -> None:

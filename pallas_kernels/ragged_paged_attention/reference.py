@@ -1,14 +1,21 @@
 """Ragged paged attention in plain JAX: the CPU's path, and what the kernels are tested against.
 
-All loops have run-time bounds, so the work follows the pages in use and not the longest sequence allowed. Softmax is
-computed online over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867), in float32.
+The work is a flat list of (block of queries, block of keys), as long as the pages in use ask for and no longer; one
+loop with a run-time bound goes through it. Softmax is computed online over the blocks of keys (Milakov and Gimelshein,
+arXiv 1805.02867), in float32.
 
 Decodes go in groups of `GROUP` sequences, each group as far as its longest member: one gather and two batched matmuls
 a block keep the per-operation overhead of XLA's CPU backend small. Longer chunks go one block of queries at a time.
+
+Everything that depends on the metadata alone is in the `Plan`, made once a step and not once a layer: XLA compiles each
+layer's operations anew, and on CPU compiling is what a user waits for.
 """
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,53 +26,170 @@ PREFILL_KEY_BLOCK = 128
 MASKED = -1e30  # finite, so that a row with no valid key yields zeros instead of NaN
 
 
+class Items(NamedTuple):
+    """A list of work, of which the first `count` entries are real.
+
+    Attributes:
+      count: i32[].
+      row: i32[I], first query row of the block.
+      key_block: i32[I], which block of keys.
+      is_first: bool[I], whether it is the query block's first block of keys.
+      source: i32[I], the group of decodes or the sequence that the queries belong to.
+    """
+
+    count: jax.Array
+    row: jax.Array
+    key_block: jax.Array
+    is_first: jax.Array
+    source: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What follows from the metadata alone, for one sliding window.
+
+    Attributes:
+      page, offset: i32[T], where each new token is written; page P (out of range) for padding.
+      lens: i32[S+], lengths of the decodes, 0 for other slots; padded to whole groups.
+      table: i32[S+, P+], the page table, padded to whole groups and blocks.
+      decode_items, prefill_items: the work; no prefill items where T is 1.
+      row_end, shift: i32[S+], end of each sequence's rows, and its length minus that: a row's position is row + shift.
+    """
+
+    page: jax.Array
+    offset: jax.Array
+    lens: jax.Array
+    table: jax.Array
+    row_end: jax.Array
+    shift: jax.Array
+    decode_items: Items
+    prefill_items: Items | None
+    sliding_window: int | None = dataclasses.field(metadata={"static": True})
+
+
 def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
     return (num_pages, num_kv_heads, page_size, head_dim)
 
 
+def make_plan(meta, *, num_tokens: int, num_pages: int, page_size: int, sliding_window: int | None) -> Plan:
+    """See `Plan`."""
+    num_slots, width = meta.page_table.shape
+    group = min(GROUP, num_slots)
+    decode_pages, prefill_pages = (_pages_a_block(b, page_size, width) for b in (KEY_BLOCK, PREFILL_KEY_BLOCK))
+    slots_pad = -num_slots % group
+    lens = jnp.where(jnp.arange(num_slots) < meta.num_decodes, meta.kv_lens, 0)
+    lens = jnp.pad(lens, (0, slots_pad))
+    width_pad = max(-width % decode_pages, -width % prefill_pages)
+    table = jnp.pad(meta.page_table, ((0, slots_pad), (0, width_pad)))
+
+    rows = jnp.arange(num_tokens, dtype=jnp.int32)
+    seq = jnp.minimum(jnp.sum(rows[:, None] >= meta.query_starts[None, 1:], axis=1), num_slots - 1)  # [T]
+    position = meta.kv_lens[seq] - meta.query_starts[seq + 1] + rows
+    page = meta.page_table[seq, jnp.clip(position // page_size, 0, width - 1)]
+    page = jnp.where(rows < meta.query_starts[meta.num_seqs], page, num_pages)
+
+    row_end = jnp.pad(meta.query_starts[1:], (0, slots_pad))
+    return Plan(
+        page=page,
+        offset=position % page_size,
+        lens=lens,
+        table=table,
+        row_end=row_end,
+        shift=jnp.pad(meta.kv_lens, (0, slots_pad)) - row_end,
+        decode_items=_decode_items(lens, group, decode_pages * page_size, width * page_size, sliding_window),
+        prefill_items=None
+        if num_tokens == 1
+        else _prefill_items(meta, num_tokens, prefill_pages * page_size, width * page_size, sliding_window),
+        sliding_window=sliding_window,
+    )
+
+
+def _pages_a_block(block: int, page_size: int, table_width: int) -> int:
+    return min(max(block // page_size, 1), table_width)
+
+
+def _list_items(begin, end, row, source, longest: int) -> Items:
+    """Lists blocks `begin[u]..end[u]` of every unit u, the units one after the other."""
+    num_units = begin.shape[0]
+    counts = jnp.maximum(end - begin, 0)
+    ends = jnp.cumsum(counts)
+    item = jnp.arange(num_units * longest, dtype=jnp.int32)
+    unit = jnp.minimum(jnp.searchsorted(ends, item, side="right"), num_units - 1)
+    nth = item - (ends[unit] - counts[unit])
+    return Items(ends[-1], row[unit], begin[unit] + nth, nth == 0, source[unit])
+
+
+def _decode_items(lens, group: int, block: int, longest: int, sliding_window: int | None) -> Items:
+    lens = lens.reshape(-1, group)
+    begin = jnp.zeros(lens.shape[0], jnp.int32)
+    if sliding_window is not None:
+        shortest = jnp.min(jnp.where(lens > 0, lens, jnp.iinfo(jnp.int32).max), axis=1)
+        begin = jnp.maximum(shortest - sliding_window, 0) // block
+    end = -(-jnp.max(lens, axis=1) // block)
+    groups = jnp.arange(lens.shape[0], dtype=jnp.int32)
+    return _list_items(begin, end, groups * group, groups, -(-longest // block))
+
+
+def _prefill_items(meta, num_tokens: int, block: int, longest: int, sliding_window: int | None) -> Items:
+    """Query blocks of all sequences but the decodes, in ascending order of rows."""
+    num_slots = meta.kv_lens.shape[0]
+    rows = min(QUERY_BLOCK, num_tokens)
+    slots = jnp.arange(num_slots)
+    lengths = jnp.diff(meta.query_starts)
+    num_blocks = jnp.where((slots >= meta.num_decodes) & (slots < meta.num_seqs), -(-lengths // rows), 0)
+    ends = jnp.cumsum(num_blocks)
+    units = jnp.arange(min(num_tokens, num_tokens // rows + num_slots), dtype=jnp.int32)  # query blocks at most
+    seq = jnp.minimum(jnp.searchsorted(ends, units, side="right"), num_slots - 1)
+    first_row = meta.query_starts[seq] + (units - (ends[seq] - num_blocks[seq])) * rows
+    row_end = meta.query_starts[seq + 1]
+    shift = meta.kv_lens[seq] - row_end
+    begin = jnp.zeros_like(first_row)
+    if sliding_window is not None:
+        begin = jnp.maximum(shift + first_row - sliding_window + 1, 0) // block
+    end = -(-(shift + jnp.minimum(first_row + rows, row_end)) // block)  # as far as the block's last row sees
+    end = jnp.where(units < ends[-1], end, begin)
+    return _list_items(begin, end, first_row, seq, -(-longest // block))
+
+
 def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_cap, sinks, k_scale, v_scale):
     """See `api.ragged_paged_attention`."""
-    k_pages, v_pages = _write(k, v, cache, meta, k_scale, v_scale)
+    num_pages, num_kv_heads, page_size, head_dim = cache[0].shape
+    num_tokens, num_heads, _ = q.shape
+    plan = meta.plan
+    if plan is None:
+        plan = make_plan(
+            meta, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size, sliding_window=sliding_window
+        )
+    if plan.sliding_window != sliding_window:
+        raise ValueError(f"sliding_window={sliding_window}, but meta was planned for {plan.sliding_window}")
+    k_pages, v_pages = _write(k, v, cache, plan, k_scale, v_scale)
     attend = functools.partial(
         _attend_block, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale
     )
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    dtype = q.dtype
-    query_rows = min(QUERY_BLOCK, num_tokens)
     # Blocks of rows are sliced at run-time offsets; the padding keeps the last block from being shifted back.
-    pad = max(query_rows, min(GROUP, meta.kv_lens.shape[0]))
-    q = jnp.pad(q.astype(jnp.float32), ((0, pad), (0, 0), (0, 0)))
-    q = q.reshape(num_tokens + pad, num_kv_heads, num_heads // num_kv_heads, head_dim)  # [T+, K, G, H]
+    rows, group = min(QUERY_BLOCK, num_tokens), min(GROUP, meta.kv_lens.shape[0])
+    padded = jnp.pad(q.astype(jnp.float32), ((0, max(rows, group)), (0, 0), (0, 0)))
+    padded = padded.reshape(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)  # [T+, K, G, H]
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(num_kv_heads, -1)  # [K, G]
-    out = jnp.zeros_like(q)
-    out = _decode(q, k_pages, v_pages, meta, out, attend, sinks, sliding_window)
-    if num_tokens > 1:
+    out = _decode(padded, k_pages, v_pages, plan, group, attend, sinks)
+    if plan.prefill_items is not None:
         # In ascending order: the rows that a block writes past its sequence's end are overwritten by their owners.
-        out = _prefill(q, k_pages, v_pages, meta, out, attend, sinks, sliding_window, query_rows)
-    return out[:num_tokens].reshape(num_tokens, num_heads, head_dim).astype(dtype), (k_pages, v_pages)
+        out = _prefill(padded, k_pages, v_pages, plan, rows, out, attend, sinks)
+    return out[:num_tokens].reshape(q.shape).astype(q.dtype), (k_pages, v_pages)
 
 
-def _write(k, v, cache, meta, k_scale, v_scale):
+def _write(k, v, cache, plan: Plan, k_scale, v_scale):
     """Scatters the new keys and values into their pages; rows of the padding are dropped."""
-    k_pages, v_pages = cache
-    num_pages, _, page_size, _ = k_pages.shape
-    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
-    num_slots = meta.kv_lens.shape[0]
-    seq = jnp.minimum(jnp.sum(rows[:, None] >= meta.query_starts[None, 1:], axis=1), num_slots - 1)  # [T]
-    position = meta.kv_lens[seq] - meta.query_starts[seq + 1] + rows
-    page = meta.page_table[seq, jnp.clip(position // page_size, 0, meta.page_table.shape[1] - 1)]
-    page = jnp.where(rows < meta.query_starts[meta.num_seqs], page, num_pages)
-    offset = position % page_size
     if k_scale is not None:
         k = k / jnp.reshape(k_scale, (-1, 1))
     if v_scale is not None:
         v = v / jnp.reshape(v_scale, (-1, 1))
 
     def put(pages, new):  # [P, K, page, H] <- [T, K, H]
-        return pages.at[page, :, offset].set(new.astype(pages.dtype), mode="drop", unique_indices=True)
+        return pages.at[plan.page, :, plan.offset].set(new.astype(pages.dtype), mode="drop", unique_indices=True)
 
-    return put(k_pages, k), put(v_pages, v)
+    return put(cache[0], k), put(cache[1], v)
 
 
 def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_cap, k_scale, v_scale):
@@ -108,13 +232,21 @@ def _start(shape, head_dim, sinks):
     return jnp.broadcast_to(sinks, shape), jnp.ones(shape), jnp.zeros((*shape, head_dim))
 
 
-def _finish(carry):
-    _, total, out = carry
-    return out / jnp.maximum(total, 1e-30)[..., None]
+def _run(items: Items, start, step, out, finish):
+    """Goes through a list of work, one online softmax for each query block.
 
+    Every step writes its block's result so far; the block's last step is the one that stays.
+    """
 
-def _pages_a_block(block: int, page_size: int, table_width: int) -> int:
-    return min(max(block // page_size, 1), table_width)
+    def body(i, state):
+        out, carry = state
+        carry = jax.tree.map(lambda new, old: jnp.where(items.is_first[i], new, old), start, carry)
+        carry = step(i, carry)
+        _, total, weighted = carry
+        done = finish(weighted / jnp.maximum(total, 1e-30)[..., None])
+        return lax.dynamic_update_slice_in_dim(out, done, items.row[i], axis=0), carry
+
+    return lax.fori_loop(0, items.count, body, (out, start))[0]
 
 
 def _gather(pages, ids):
@@ -125,82 +257,44 @@ def _gather(pages, ids):
     return picked.reshape(*ids.shape[:-1], num_kv_heads, ids.shape[-1] * page_size, head_dim)
 
 
-def _decode(q, k_pages, v_pages, meta, out, attend, sinks, sliding_window):
-    num_slots, table_width = meta.page_table.shape
+def _decode(q, k_pages, v_pages, plan: Plan, group: int, attend, sinks):
     _, num_kv_heads, group_size, head_dim = q.shape
     page_size = k_pages.shape[2]
-    group = min(GROUP, num_slots)
-    block_pages = _pages_a_block(KEY_BLOCK, page_size, table_width)
-    block = block_pages * page_size
-    slots_padded = -(-num_slots // group) * group
-    table_padded = -(-table_width // block_pages) * block_pages
-    lens = jnp.where(jnp.arange(num_slots) < meta.num_decodes, meta.kv_lens, 0)
-    lens = jnp.pad(lens, (0, slots_padded - num_slots))
-    table = jnp.pad(meta.page_table, ((0, slots_padded - num_slots), (0, table_padded - table_width)))
+    items, num_pages = plan.decode_items, _pages_a_block(KEY_BLOCK, page_size, plan.table.shape[1])
+    keys = jnp.arange(num_pages * page_size, dtype=jnp.int32)
 
-    def one_group(i, out):
-        first = i * group
-        group_lens = lax.dynamic_slice(lens, (first,), (group,))
-        group_q = lax.dynamic_slice_in_dim(q, first, group)  # [g, K, G, H]
+    def step(i, carry):
+        first = items.row[i]
+        ids = lax.dynamic_slice(plan.table, (first, items.key_block[i] * num_pages), (group, num_pages))
+        q_pos = lax.dynamic_slice(plan.lens, (first,), (group,))[:, None] - 1
+        block_q = lax.dynamic_slice_in_dim(q, first, group)  # [g, K, G, H]
+        k_pos = items.key_block[i] * keys.size + keys
+        return attend(carry, block_q, _gather(k_pages, ids), _gather(v_pages, ids), q_pos, k_pos)
 
-        def one_block(j, carry):
-            ids = lax.dynamic_slice(table, (first, j * block_pages), (group, block_pages))
-            return attend(
-                carry,
-                group_q,
-                _gather(k_pages, ids),
-                _gather(v_pages, ids),
-                group_lens[:, None] - 1,
-                j * block + jnp.arange(block),
-            )
-
-        begin = 0
-        if sliding_window is not None:
-            shortest = jnp.min(jnp.where(group_lens > 0, group_lens, jnp.iinfo(jnp.int32).max))
-            begin = jnp.maximum(shortest - sliding_window, 0) // block
-        end = (jnp.max(group_lens) + block - 1) // block
-        start = _start((group, num_kv_heads, group_size), head_dim, sinks)
-        done = _finish(lax.fori_loop(begin, end, one_block, start))
-        return lax.dynamic_update_slice_in_dim(out, done, first, axis=0)
-
-    return lax.fori_loop(0, (meta.num_decodes + group - 1) // group, one_group, out)
+    start = _start((group, num_kv_heads, group_size), head_dim, sinks)
+    return _run(items, start, step, jnp.zeros_like(q), lambda done: done)
 
 
-def _prefill(q, k_pages, v_pages, meta, out, attend, sinks, sliding_window, rows):
-    table_width = meta.page_table.shape[1]
+def _prefill(q, k_pages, v_pages, plan: Plan, rows: int, out, attend, sinks):
     _, num_kv_heads, group_size, head_dim = q.shape
     page_size = k_pages.shape[2]
-    block_pages = _pages_a_block(PREFILL_KEY_BLOCK, page_size, table_width)
-    block = block_pages * page_size
-    table = jnp.pad(meta.page_table, ((0, 0), (0, -table_width % block_pages)))
+    items, num_pages = plan.prefill_items, _pages_a_block(PREFILL_KEY_BLOCK, page_size, plan.table.shape[1])
+    assert items is not None
+    keys = jnp.arange(num_pages * page_size, dtype=jnp.int32)
 
-    def one_sequence(s, out):
-        first, end_row, kv_len = meta.query_starts[s], meta.query_starts[s + 1], meta.kv_lens[s]
-        row_ids = lax.dynamic_index_in_dim(table, s, keepdims=False)
+    def step(i, carry):
+        first, seq = items.row[i], items.source[i]
+        ids = lax.dynamic_slice(plan.table, (seq, items.key_block[i] * num_pages), (1, num_pages))[0]
+        row = first + jnp.arange(rows)
+        q_pos = jnp.tile(jnp.where(row < plan.row_end[seq], row + plan.shift[seq], -1), group_size)  # [G * R]
+        block_q = lax.dynamic_slice_in_dim(q, first, rows)  # [R, K, G, H]
+        block_q = block_q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group_size * rows, head_dim)
+        k_pos = items.key_block[i] * keys.size + keys
+        return attend(carry, block_q, _gather(k_pages, ids), _gather(v_pages, ids), q_pos, k_pos)
 
-        def one_query_block(i, out):
-            begin_row = first + i * rows
-            block_q = lax.dynamic_slice_in_dim(q, begin_row, rows)  # [R, K, G, H]
-            block_q = block_q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group_size * rows, head_dim)
-            row = begin_row + jnp.arange(rows)
-            position = jnp.where(row < end_row, kv_len - end_row + row, -1)
-            q_pos = jnp.tile(position, group_size)  # [G * R]
+    def finish(done):  # [K, G * R, H] -> [R, K, G, H]
+        return done.reshape(num_kv_heads, group_size, rows, head_dim).transpose(2, 0, 1, 3)
 
-            def one_block(j, carry):
-                ids = lax.dynamic_slice(row_ids, (j * block_pages,), (block_pages,))
-                keys, values = _gather(k_pages, ids), _gather(v_pages, ids)
-                return attend(carry, block_q, keys, values, q_pos, j * block + jnp.arange(block))
-
-            begin = 0
-            if sliding_window is not None:
-                begin = jnp.maximum(kv_len - end_row + begin_row - sliding_window + 1, 0) // block
-            last = kv_len - end_row + jnp.minimum(begin_row + rows, end_row)  # keys seen by the last row
-            block_sinks = None if sinks is None else jnp.repeat(sinks, rows, axis=1)
-            start = _start((num_kv_heads, group_size * rows), head_dim, block_sinks)
-            done = _finish(lax.fori_loop(begin, (last + block - 1) // block, one_block, start))
-            done = done.reshape(num_kv_heads, group_size, rows, head_dim).transpose(2, 0, 1, 3)
-            return lax.dynamic_update_slice_in_dim(out, done, begin_row, axis=0)
-
-        return lax.fori_loop(0, (end_row - first + rows - 1) // rows, one_query_block, out)
-
-    return lax.fori_loop(meta.num_decodes, meta.num_seqs, one_sequence, out)
+    block_sinks = None if sinks is None else jnp.repeat(sinks, rows, axis=1)
+    start = _start((num_kv_heads, group_size * rows), head_dim, block_sinks)
+    return _run(items, start, step, out, finish)

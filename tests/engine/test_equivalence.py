@@ -1,0 +1,107 @@
+"""Greedy outputs do not depend on how the work was cut, cached, shared or interrupted."""
+
+import random
+
+import pytest
+
+from jaxengine import LLM, SamplingParams
+
+NUM_PROMPTS = 64
+NUM_TOKENS = 24
+
+
+def make_prompts(vocab_size: int, longest: int = 90) -> list[list[int]]:
+    """Random prompts, half of which begin alike: the prefix cache has something to find."""
+    rng = random.Random(0)
+    shared = [rng.randrange(5, vocab_size) for _ in range(40)]
+    prompts = []
+    for i in range(NUM_PROMPTS):
+        own = [rng.randrange(5, vocab_size) for _ in range(rng.randint(1, longest))]
+        prompts.append((shared + own)[:longest] if i % 2 else own)
+    return prompts
+
+
+def greedy(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    assert all(len(o.outputs[0].token_ids) == NUM_TOKENS for o in outputs)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def metric(llm: LLM, name: str) -> float:
+    return next(m.value for m in llm.get_metrics() if m.name == name)
+
+
+BASE = {"dtype": "float32", "max_model_len": 128, "warmup": "none", "max_num_seqs": 64, "num_gpu_blocks_override": 600}
+
+
+@pytest.fixture(scope="module")
+def tiny_reference(tiny):
+    """Each prompt alone, one after the other, without any sharing."""
+    prompts = make_prompts(LLM_VOCAB)
+    with LLM(str(tiny), **BASE, enable_prefix_caching=False, async_scheduling=False) as llm:
+        return prompts, [greedy(llm, [prompt])[0] for prompt in prompts]
+
+
+LLM_VOCAB = 200
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 64},
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+        {"max_num_batched_tokens": 512},
+        {"num_gpu_blocks_override": 24},
+        {"num_gpu_blocks_override": 24, "enable_prefix_caching": False, "async_scheduling": False},
+        {"async_scheduling": False},
+        {"block_size": 32, "num_gpu_blocks_override": 300},
+        {"enable_chunked_prefill": False},
+        {"scheduling_policy": "priority", "num_gpu_blocks_override": 24},
+        {"long_prefill_token_threshold": 10},
+    ],
+    ids=str,
+)
+def test_a_batch_of_64_equals_each_alone(tiny, tiny_reference, options):
+    prompts, want = tiny_reference
+    with LLM(str(tiny), **(BASE | options)) as llm:
+        assert greedy(llm, prompts) == want
+        assert greedy(llm, prompts) == want  # the prefix cache is full now
+        if options.get("num_gpu_blocks_override") == 24:
+            assert metric(llm, "jaxengine:num_preemptions") > 0
+        elif options.get("enable_prefix_caching", True):
+            assert metric(llm, "jaxengine:prefix_cache_hits") > 0
+        assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
+
+
+def test_the_real_model_alone_in_a_batch_cached_and_chunked(smollm2):
+    prompts = make_prompts(40000, longest=70)[:24]
+    alone = [greedy(smollm2, [prompt])[0] for prompt in prompts[:4]]
+    batch = greedy(smollm2, prompts)
+    assert batch[:4] == alone
+    assert greedy(smollm2, prompts) == batch  # from the prefix cache
+    assert metric(smollm2, "jaxengine:prefix_cache_hits") > 0
+    assert smollm2.reset_prefix_cache()
+    assert greedy(smollm2, prompts) == batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+        {"max_num_batched_tokens": 512},
+        {"max_num_batched_tokens": 512, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 512, "num_gpu_blocks_override": 60},
+    ],
+    ids=str,
+)
+def test_the_real_model_in_a_batch_of_64(smollm2, options):
+    prompts = make_prompts(40000)
+    want = [greedy(smollm2, [prompt])[0] for prompt in prompts]
+    with LLM(**(BASE | options)) as llm:
+        assert greedy(llm, prompts) == want
+        if options.get("num_gpu_blocks_override") == 60:
+            assert metric(llm, "jaxengine:num_preemptions") > 0
