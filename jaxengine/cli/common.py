@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
-    from jaxengine.outputs import RequestOutput
+    from jaxengine.outputs import RequestOutput, TokenLogprobDict
 
 MAX_LAZY_SEQS = 8
 """Completions at once up to which only the shapes most needed are compiled ahead: more are worth the others."""
@@ -126,12 +126,13 @@ def completions_json(output: RequestOutput) -> list[dict[str, Any]]:
         }
         if completion.logprobs is not None:
             entry["cumulative_logprob"] = completion.cumulative_logprob
-            entry["logprobs"] = _logprobs_json(completion.logprobs)
+            entry["logprobs"] = logprobs_json(completion.logprobs)
         found.append(entry)
     return found
 
 
-def _logprobs_json(positions: Sequence[Any]) -> list[dict[str, Any] | None]:
+def logprobs_json(positions: Sequence[TokenLogprobDict | None]) -> list[dict[str, Any] | None]:
+    """Log probabilities as JSON: one object a position, by token id; null where there is none."""
     return [
         position if position is None else {str(token): value._asdict() for token, value in position.items()}
         for position in positions

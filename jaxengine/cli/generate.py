@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jaxengine.cli.common import Statistics, Status, add_common_flags, completions_json, fast_start, make_llm
+from jaxengine.cli.common import (
+    Statistics,
+    Status,
+    add_common_flags,
+    completions_json,
+    fast_start,
+    logprobs_json,
+    make_llm,
+)
 from jaxengine.cli.engine_flags import add_engine_flags, add_sampling_flags, engine_kwargs, sampling_kwargs
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -21,11 +29,12 @@ if TYPE_CHECKING:
 
 # Greedy: the same command gives the same text, and a small model's best.
 DEFAULTS = {"max_tokens": 64, "temperature": 0.0}
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments to its parser."""
+    parser.usage = "%(prog)s [PROMPT ...] [--model MODEL] [--max-tokens N] [--json] [other flags]"
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text to continue; none: read one from stdin")
     parser.add_argument(
         "--prompts-file",
@@ -110,7 +119,11 @@ def make_params(fields: dict[str, Any], count: int) -> list[SamplingParams]:
 
 
 def stream(
-    llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams], printer: TextPrinter | JSONPrinter, status: Status
+    llm: LLM,
+    prompts: Sequence[Any],
+    params: Sequence[SamplingParams],
+    printer: TextPrinter | JSONPrinter,
+    status: Status,
 ) -> tuple[Statistics, bool]:
     """Runs the prompts and prints as tokens come. After Ctrl-C, what there is so far is printed.
 
@@ -238,5 +251,7 @@ class JSONPrinter:
                 "num_cached_tokens": output.num_cached_tokens,
                 "seconds_to_first_token": round(metrics.first_token_latency, 4) if metrics is not None else None,
             }
+            if output.prompt_logprobs is not None:
+                line["prompt_logprobs"] = logprobs_json(output.prompt_logprobs)
             print(json.dumps(line, ensure_ascii=False), flush=True)
             self._next += 1

