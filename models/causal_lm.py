@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig, RopeConfig, common_fields
+from jaxengine.models.layer_stack import LayerStack
 from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.embedding import Embedding
 from jaxengine.models.layers.linear import Linear, matmul
@@ -99,6 +100,15 @@ class CausalLM(nnx.Module):
                 return tuple(name.replace(f".{fused}.", f".{part}.") for part in parts)
         return (name,)
 
+    def stack_layers(self) -> bool:
+        """Turns the layers into a `LayerStack`, if they differ in nothing but their parameters; says whether."""
+        config = self.config
+        kinds = {(config.window(i), config.layer_rope(i)) for i in range(config.num_layers)}
+        if len(kinds) > 1 or config.num_layers == 1:
+            return False
+        self.layers = LayerStack(self.layers)
+        return True
+
     def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeds i32[T] tokens at i32[T] positions as `[T, D]`."""
         x = self.embed_tokens(token_ids)
@@ -112,7 +122,7 @@ class CausalLM(nnx.Module):
         Args:
             token_ids: i32[T]; what stands at padding is not looked at.
             positions: i32[T], each token's position in its own sequence.
-            kv_caches: One cache for each layer.
+            kv_caches: One cache for each layer; a single one for stacked layers.
             meta: Which tokens belong to which sequences and pages.
 
         Returns:
@@ -122,8 +132,9 @@ class CausalLM(nnx.Module):
         tables: dict[RopeConfig, RopeTable] = {}
         plans: dict[int | None, AttentionMetadata] = {}
         x = self.embed(token_ids, positions)
+        layers = [self.layers] if isinstance(self.layers, LayerStack) else self.layers
         new_caches = []
-        for index, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+        for index, (layer, cache) in enumerate(zip(layers, kv_caches, strict=True)):
             rope = config.layer_rope(index)
             if rope is not None and rope not in tables:
                 tables[rope] = rope_table(rope, positions, config.max_model_len)

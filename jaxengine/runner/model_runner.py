@@ -109,6 +109,7 @@ class ModelRunner:
         self.is_cpu = jax.default_backend() == "cpu"
         buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
         self.buckets = {False: buckets, True: sampler_buckets(buckets, coarse=self.is_cpu)}
+        self._is_stacked = self.is_cpu and model.stack_layers()
         self._flat = FlatModel(model)
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
@@ -125,6 +126,8 @@ class ModelRunner:
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure."""
+        if self._is_stacked:
+            model.stack_layers()
         self._leaves = FlatModel(model).leaves
 
     # Compiling
@@ -206,6 +209,8 @@ class ModelRunner:
     def _pick(self, num_tokens: int, num_seqs: int, full: bool) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
         candidates = fitting(self.buckets[full], num_tokens, num_seqs)
+        if self.config.warmup == "none":
+            return candidates[0]
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
         for bucket in candidates:
             if bucket.num_tokens <= limit and self._is_ready(bucket, full):
@@ -260,11 +265,16 @@ class ModelRunner:
 
     def _make_caches(self, num_pages: int) -> list:
         config = self.model_config
+        num_caches = 1 if self._is_stacked else config.num_layers
         return [
             make_cache(
-                num_pages, self.config.block_size, config.num_kv_heads, config.head_dim, self.config.kv_cache_dtype
+                num_pages * config.num_layers // num_caches,
+                self.config.block_size,
+                config.num_kv_heads,
+                config.head_dim,
+                self.config.kv_cache_dtype,
             )
-            for _ in range(config.num_layers)
+            for _ in range(num_caches)
         ]
 
     def _allocate(self) -> None:

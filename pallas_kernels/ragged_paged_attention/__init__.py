@@ -6,6 +6,14 @@ from jaxengine.pallas_kernels.ragged_paged_attention.api import (
     make_cache,
     plan_attention,
     ragged_paged_attention,
+    shift_pages,
 )
 
-__all__ = ["AttentionMetadata", "cache_shape", "make_cache", "plan_attention", "ragged_paged_attention"]
+__all__ = [
+    "AttentionMetadata",
+    "cache_shape",
+    "make_cache",
+    "plan_attention",
+    "ragged_paged_attention",
+    "shift_pages",
+]

@@ -127,6 +127,15 @@ def plan_attention(
     return dataclasses.replace(meta, plan=plan)
 
 
+def shift_pages(meta: AttentionMetadata, offset: jax.Array, implementation: str = "reference") -> AttentionMetadata:
+    """Moves all page ids by `offset`: for a cache that holds the pages of several layers one after the other.
+
+    The plan must have been made for the whole cache, so that what it drops stays out of range.
+    """
+    plan = None if meta.plan is None else IMPLEMENTATIONS[implementation].shift_plan(meta.plan, offset)
+    return dataclasses.replace(meta, page_table=meta.page_table + offset, plan=plan)
+
+
 def _check(q, k, v, cache, meta: AttentionMetadata) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
         raise ValueError(f"expected q[T,N,H], k[T,K,H] and v like k, got {q.shape}, {k.shape}, {v.shape}")

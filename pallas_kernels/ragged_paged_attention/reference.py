@@ -105,6 +105,11 @@ def make_plan(meta, *, num_tokens: int, num_pages: int, page_size: int, sliding_
     )
 
 
+def shift_plan(plan: Plan, offset) -> Plan:
+    """The same work on pages `offset` further on."""
+    return dataclasses.replace(plan, page=plan.page + offset, table=plan.table + offset)
+
+
 def _pages_a_block(block: int, page_size: int, table_width: int) -> int:
     return min(max(block // page_size, 1), table_width)
 
