@@ -35,7 +35,7 @@ class EngineArgs:
         max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
         block_size: Tokens of a page.
         num_gpu_blocks_override: Pages of the KV cache, instead of sizing it from the memory.
-        kv_cache_memory_bytes: Memory of the KV cache, instead of what is left on the device (on CPU: of 384 MiB).
+        kv_cache_memory_bytes: Memory of the KV cache, instead of what is left on the device (on CPU: of 256 MiB).
         gpu_memory_utilization: Share of the device's memory that the engine may take.
         enable_prefix_caching: Whether requests share the pages of equal prefixes.
         enable_chunked_prefill: Whether a prompt may be split over several steps.

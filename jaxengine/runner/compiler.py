@@ -1,5 +1,7 @@
 """Compiles the steps in background threads, most needed first, and counts compilations."""
 
+import contextlib
+import ctypes
 import itertools
 import logging
 import os
@@ -100,9 +102,16 @@ class StepCompiler:
                     continue
             try:
                 future.set_result(self._compile_one(key))
+                release_free_memory()
             except BaseException as error:  # handed to whoever waits for the key
                 logger.debug("compilation of %s failed", key, exc_info=True)
                 future.set_exception(error)
+
+
+def release_free_memory() -> None:
+    """Gives freed memory back to the system, where the C library is glibc: it would keep what compiling has used."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _be_nice() -> None:

@@ -15,7 +15,7 @@ from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.pallas_kernels.ragged_paged_attention import make_cache
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, sampler_buckets, warmup_order
-from jaxengine.runner.compiler import StepCompiler
+from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, needs_full_sampler, order_rows, pack
 from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.steps import FlatModel, StepOutputs, make_step
@@ -118,17 +118,20 @@ class ModelRunner:
             config, self._step_temporary_bytes if not self.is_cpu else None
         )
         self._slots = SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
-        self._allocate()
+        self._caches: list = []
+        self._state: Any = None
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
         self._compiler = StepCompiler(self._compile, config.num_compile_threads)
         if config.warmup != "none":
             self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
 
     def load(self, model: CausalLM) -> None:
-        """Takes the weights of a model of the same structure."""
+        """Takes the weights of a model of the same structure, and allocates the cache."""
         if self._is_stacked:
             model.stack_layers()
         self._leaves = FlatModel(model).leaves
+        release_free_memory()
+        self._allocate()
 
     # Compiling
 
@@ -302,9 +305,9 @@ class ModelRunner:
         if self._offloaded is not None:
             self._leaves = [jax.device_put(leaf) for leaf in self._offloaded]
             self._offloaded = None
+            self._allocate()
         else:
             self.load(reload_model())
-        self._allocate()
 
     def close(self) -> None:
         """Ends the compiler threads and frees the device memory."""

@@ -1,8 +1,9 @@
 """After warm-up nothing is ever compiled again."""
 
+import itertools
 import random
 
-from jaxengine import LLM, SamplingParams
+from jaxengine import LLM, BeamSearchParams, SamplingParams
 from jaxengine.runner.buckets import fitting, make_buckets, token_sizes
 
 
@@ -12,7 +13,7 @@ def test_buckets_carry_bounded_padding():
             sizes = token_sizes(max_tokens, coarse=coarse)
             assert sizes == sorted(set(sizes))
             assert sizes[-1] == max_tokens
-            assert all(b / (a + 1) <= most for a, b in zip(sizes, sizes[1:], strict=False) if b > 64)
+            assert all(b / (a + 1) <= most for a, b in itertools.pairwise(sizes) if b > 64)
             buckets = make_buckets(max_tokens, 32, coarse=coarse)
             for num_tokens in range(1, min(max_tokens, 300) + 1):
                 for num_seqs in {1, min(num_tokens, 32)}:
@@ -57,7 +58,7 @@ def test_no_compilation_after_warm_up(tiny):
                 assert output.finished
                 if param.logits_processors:
                     assert all(t % 2 == 0 for t in output.outputs[0].token_ids)
-        llm.beam_search  # noqa: B018  (there is such a method; it runs generate)
+        llm.beam_search({"prompt_token_ids": [5, 6, 7]}, BeamSearchParams(beam_width=3, max_tokens=4))
         assert engine.compilations.count == before
         metric = next(m for m in llm.get_metrics() if m.name == "jaxengine_compilations_total")
         assert metric.value == before

@@ -1,6 +1,7 @@
 """The reference implementation against a dense float64 oracle, its cost, and its memory."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,14 @@ def run(case: Case, inputs, **changes):
         num_seqs=jnp.int32(inputs.num_seqs),
         num_decodes=jnp.int32(inputs.num_decodes),
     )
-    options = dict(
-        scale=inputs.scale,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
-        sinks=None if inputs.sinks is None else jnp.asarray(inputs.sinks),
-        k_scale=None if inputs.k_scale is None else jnp.asarray(inputs.k_scale),
-        v_scale=None if inputs.v_scale is None else jnp.asarray(inputs.v_scale),
-    )
+    options = {
+        "scale": inputs.scale,
+        "sliding_window": case.sliding_window,
+        "soft_cap": case.soft_cap,
+        "sinks": None if inputs.sinks is None else jnp.asarray(inputs.sinks),
+        "k_scale": None if inputs.k_scale is None else jnp.asarray(inputs.k_scale),
+        "v_scale": None if inputs.v_scale is None else jnp.asarray(inputs.v_scale),
+    }
     call = jax.jit(functools.partial(op.ragged_paged_attention, **(options | changes)), donate_argnums=3)
     out, (k_pages, v_pages) = call(*(jnp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), cache, meta)
     rows = inputs.query_starts[-1]
@@ -87,12 +88,13 @@ def test_a_mutation_of_the_mask_is_noticed(monkeypatch):
 def test_the_cache_is_updated_in_place():
     """No copy of the cache: the donated buffers are the outputs', and temporaries stay far below the cache's size."""
     pages = jax.ShapeDtypeStruct(op.cache_shape(4096, 16, 2, 64), jnp.float32)
-    i32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    i32: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     meta = op.AttentionMetadata(i32((8,)), i32((9,)), i32((8, 64)), i32(()), i32(()))
     new = jax.ShapeDtypeStruct((32, 2, 64), jnp.float32)
     call = jax.jit(functools.partial(op.ragged_paged_attention, scale=1.0), donate_argnums=3)
     compiled = call.lower(jax.ShapeDtypeStruct((32, 4, 64), jnp.float32), new, new, (pages, pages), meta).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     cache_bytes = 2 * 4096 * 16 * 2 * 64 * 4
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 10
