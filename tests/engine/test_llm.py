@@ -1,5 +1,7 @@
 """`LLM`'s interface: what it gives back, what it refuses, and what it survives."""
 
+from typing import Any
+
 import pytest
 
 from jaxengine import LLM, BeamSearchParams, SamplingParams
@@ -21,7 +23,7 @@ def llm(tiny):
         yield llm
 
 
-def generate(llm, prompts, params=GREEDY, **kwargs):
+def generate(llm: LLM, prompts: Any, params: Any = GREEDY, **kwargs: Any) -> Any:
     return llm.generate(prompts, params, use_tqdm=False, **kwargs)
 
 
