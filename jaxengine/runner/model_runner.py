@@ -21,7 +21,7 @@ from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.steps import FlatModel, StepOutputs, make_step
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import USES_STATE, LogitsProcessor
-from jaxengine.sampling.state import make_sampling_state, set_slot, slot_values
+from jaxengine.sampling.state import SlotValues, make_sampling_state, set_slot, slot_values
 from jaxengine.scheduler.scheduler import ScheduledBatch
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class ModelRunner:
             return self._lower(key, self.num_pages).compile(self._compiler_options())
         state = jax.eval_shape(lambda: make_sampling_state(self.config.scheduler.max_num_seqs, self._vocab_size))
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-        values = slot_values_struct(row)
+        values: Any = SlotValues(*(getattr(row, name) for name in SlotValues._fields))
         return self._set_slot.lower(state, jax.ShapeDtypeStruct((), jnp.int32), values).compile()
 
     def _compiler_options(self) -> dict[str, Any]:
@@ -314,10 +314,3 @@ class ModelRunner:
         self._compiler.close()
         if self._leaves is not None:
             self.sleep(2)
-
-
-def slot_values_struct(row) -> Any:
-    """Abstract `SlotValues` for one row of the state."""
-    from jaxengine.sampling.state import SlotValues
-
-    return SlotValues(*(getattr(row, name) for name in SlotValues._fields))

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 
 ACCELERATOR_DTYPE = "bfloat16"
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this machine's processor, in Linux's names; empty where they cannot be read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
 
 
 def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None) -> tuple[str, str]:

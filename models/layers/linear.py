@@ -29,6 +29,7 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
         x,
         weight.astype(x.dtype),
         (((x.ndim - 1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
         preferred_element_type=jnp.float32,
     )
     return product.astype(out_dtype or x.dtype)

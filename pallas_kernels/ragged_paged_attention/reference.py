@@ -207,6 +207,7 @@ def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_c
       q_pos: i32[..., R or 1] positions of the rows; a negative position sees nothing.
       k_pos: i32[C] positions of the keys.
     """
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # GPUs would round float32 to TF32
     top, total, out = carry
     k = k.astype(jnp.float32)
     v = v.astype(jnp.float32)
@@ -214,7 +215,7 @@ def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_c
         k = k * jnp.reshape(k_scale, (-1, 1, 1))
     if v_scale is not None:
         v = v * jnp.reshape(v_scale, (-1, 1, 1))
-    scores = jnp.einsum("...krh,...kch->...krc", q, k) * scale
+    scores = einsum("...krh,...kch->...krc", q, k) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     seen = k_pos <= q_pos[..., None]  # [..., R or 1, C]
@@ -227,7 +228,7 @@ def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_c
     weights = jnp.where(seen[..., None, :, :], jnp.exp(scores - new_top[..., None]), 0.0)
     shrink = jnp.exp(top - new_top)
     total = total * shrink + weights.sum(axis=-1)
-    return new_top, total, out * shrink[..., None] + jnp.einsum("...krc,...kch->...krh", weights, v)
+    return new_top, total, out * shrink[..., None] + einsum("...krc,...kch->...krh", weights, v)
 
 
 def _start(shape, head_dim, sinks):
