@@ -20,6 +20,12 @@ LOGIT_BIAS_LIMIT = 100.0
 _SEED_LIMIT = 2**63
 
 
+MAX_BAD_WORDS = 64
+"""Token sequences that a request's `bad_words` may become: the device state holds a fixed number."""
+MAX_BAD_WORD_LEN = 8
+"""Tokens of the longest such sequence."""
+
+
 class RequestOutputKind(enum.Enum):
     """Which part of its text and tokens a request's outputs carry while it runs."""
 

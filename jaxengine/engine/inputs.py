@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxengine.engine.chat import normalize_conversations, render_chat
 from jaxengine.engine.request import Request
-from jaxengine.sampling_params import SamplingParams
+from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,11 +25,6 @@ __all__ = [
     "normalize_prompts",
     "render_chat",
 ]
-
-MAX_BAD_WORDS = 64
-"""Token sequences that a request's `bad_words` may become: the device state holds a fixed number."""
-MAX_BAD_WORD_LEN = 8
-"""Tokens of the longest such sequence."""
 
 
 class PromptDict(TypedDict, total=False):

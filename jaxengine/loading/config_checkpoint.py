@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxengine.loading.safetensors_checkpoint import read_json
 
 
 class ConfigCheckpoint:
@@ -25,12 +26,7 @@ class ConfigCheckpoint:
         file = self.path / "config.json" if self.path.is_dir() else self.path
         if not file.is_file():
             raise ValueError(f"{self.path} is not a model: it has no config.json")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is no valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{file} holds {type(config).__name__}, expected an object")
+        config = read_json(file)
         self.config: dict[str, Any] = config
         self.generation_config: dict[str, Any] = {}
         eos = config.get("eos_token_id")

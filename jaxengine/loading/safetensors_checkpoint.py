@@ -127,7 +127,7 @@ class HFCheckpoint:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise ValueError(f"{self.path} is not a model: it has no config.json")
-        self.config = _read_json(self.path / "config.json")
+        self.config = read_json(self.path / "config.json")
         self.generation_config = self._generation_config()
         self._shards: dict[str, SafetensorsFile] = {}
         for name, shard in self._open():
@@ -165,7 +165,7 @@ class HFCheckpoint:
 
     def _generation_config(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"
-        generation = _read_json(path) if path.is_file() else {}
+        generation = read_json(path) if path.is_file() else {}
         # Multimodal models keep the language model's configuration one level down.
         configs = (generation, self.config, self.config.get("text_config") or {})
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -183,7 +183,7 @@ class HFCheckpoint:
         if not index.is_file():
             files = [SafetensorsFile(path) for path in self._files_without_index()]
             return [(name, file) for file in files for name in sorted(file.names())]
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map")
         shards: dict[str, SafetensorsFile] = {}
@@ -214,7 +214,12 @@ class HFCheckpoint:
         return files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        ValueError: It holds something else, or no JSON.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

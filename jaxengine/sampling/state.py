@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Bad words of several tokens are matched on the device against the newest tokens.
-MAX_BAD_WORDS = 64
-MAX_BAD_WORD_LEN = 8
+from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 
 # Bits of SamplingState.token_flags.
 IN_PROMPT = 1
