@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from jaxengine.models.config import ModelConfig
+    from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec
 
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -74,6 +75,8 @@ class EngineConfig:
         scheduler: What bounds a step.
         dtype: Dtype of weights and activations.
         kv_cache_dtype: Dtype of cached keys and values.
+        attention: What the attention op needs to know of the model.
+        attention_backend: Implementation of ragged paged attention.
         block_size: Tokens of a page.
         num_pages: Pages of the KV cache; None sizes it from the memory.
         kv_cache_memory_bytes: Memory of the KV cache; None takes what is left on the device.
@@ -92,6 +95,8 @@ class EngineConfig:
     scheduler: SchedulerConfig
     dtype: str
     kv_cache_dtype: str
+    attention: AttentionSpec
+    attention_backend: str
     block_size: int = 16
     num_pages: int | None = None
     kv_cache_memory_bytes: int | None = None

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 WARMUPS = ("background", "full", "lazy", "none")
 LOAD_FORMATS = ("auto", "dummy")
+ATTENTION_BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,7 @@ class EngineArgs:
         load_format: "auto", or "dummy" for random weights (only the configuration is read).
         dtype: Of weights and activations: "auto", "bfloat16", "float16" or "float32".
         kv_cache_dtype: Of the cache; "auto" follows `dtype`.
+        attention_backend: "reference" (plain JAX), "mosaic_gpu" or "mosaic_tpu"; "auto": the platform's kernel.
         seed: Seed of requests that bring none.
         max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
         max_num_seqs: Requests running at once; None: 256, on CPU 64.
@@ -57,6 +59,7 @@ class EngineArgs:
     load_format: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -77,7 +80,11 @@ class EngineArgs:
     compilation_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name, accepted in (("warmup", WARMUPS), ("load_format", LOAD_FORMATS)):
+        for name, accepted in (
+            ("warmup", WARMUPS),
+            ("load_format", LOAD_FORMATS),
+            ("attention_backend", ATTENTION_BACKENDS),
+        ):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(accepted)}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -100,6 +107,7 @@ class EngineArgs:
         import jax
 
         from jaxengine.models.config import ModelConfig
+        from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, choose_implementation
         from jaxengine.runner.memory import num_pages_that_fit
         from jaxengine.runner.platform import resolve_dtypes
 
@@ -109,6 +117,10 @@ class EngineArgs:
         if self.max_model_len is not None and self.max_model_len > longest:
             raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
         dtype, kv_cache_dtype = resolve_dtypes(self.dtype, self.kv_cache_dtype, model.dtype)
+        attention = AttentionSpec(
+            model.num_heads, model.num_kv_heads, model.head_dim, self.block_size, dtype, kv_cache_dtype
+        )
+        backend = choose_implementation(attention) if self.attention_backend == "auto" else self.attention_backend
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
         default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
@@ -127,6 +139,8 @@ class EngineArgs:
                 ),
                 dtype=dtype,
                 kv_cache_dtype=kv_cache_dtype,
+                attention=attention,
+                attention_backend=backend,
                 block_size=self.block_size,
                 num_pages=self.num_gpu_blocks_override,
                 kv_cache_memory_bytes=self.kv_cache_memory_bytes,

@@ -140,7 +140,13 @@ class CausalLM(nnx.Module):
                 tables[rope] = rope_table(rope, positions, config.max_model_len)
             window = config.window(index)
             if window not in plans:
-                plans[window] = plan_attention(meta, num_tokens=token_ids.shape[0], cache=cache, sliding_window=window)
+                plans[window] = plan_attention(
+                    meta,
+                    num_tokens=token_ids.shape[0],
+                    num_heads=config.num_heads,
+                    cache=cache,
+                    sliding_window=window,
+                )
             x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window])
             new_caches.append(cache)
         return self.norm(x), new_caches

@@ -48,9 +48,10 @@ class StepInputs(NamedTuple):
 class PackedLayout:
     """Where each field of a step lies in the buffer, for one bucket."""
 
-    def __init__(self, bucket: Bucket, table_width: int):
+    def __init__(self, bucket: Bucket, table_width: int, attention_backend: str = "reference"):
         num_tokens, num_seqs = bucket
         self.bucket = bucket
+        self.attention_backend = attention_backend
         self.shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (num_tokens,),
             "positions": (num_tokens,),
@@ -85,7 +86,8 @@ class PackedLayout:
         }
         fields |= {name: lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOAT_FIELDS}
         meta = AttentionMetadata(
-            **{n: fields[n] for n in ("kv_lens", "query_starts", "page_table", "num_seqs", "num_decodes")}
+            **{n: fields[n] for n in ("kv_lens", "query_starts", "page_table", "num_seqs", "num_decodes")},
+            implementation=self.attention_backend,
         )
         rows = SamplingRows(**{name: fields[name] for name in INT_FIELDS + FLOAT_FIELDS})
         return StepInputs(fields["token_ids"], fields["positions"], fields["targets"], fields["last_rows"], meta, rows)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxengine.config import EngineConfig
+from jaxengine.pallas_kernels.ragged_paged_attention import cache_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +20,8 @@ CPU_CACHE_BYTES = 256 * 2**20
 
 def page_bytes(config: EngineConfig) -> int:
     """Bytes of one page: keys and values of all layers."""
-    model = config.model
-    itemsize = jnp.dtype(config.kv_cache_dtype).itemsize
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * config.block_size * itemsize
+    shapes = cache_shapes(config.attention, 1, config.attention_backend)
+    return config.model.num_layers * sum(map(math.prod, shapes)) * jnp.dtype(config.kv_cache_dtype).itemsize
 
 
 def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | None) -> int:

@@ -152,7 +152,7 @@ class ModelRunner:
         )
 
     def _lower(self, key: StepKey, num_pages: int) -> jax.stages.Lowered:
-        layout = PackedLayout(key.bucket, self.table_width)
+        layout = PackedLayout(key.bucket, self.table_width, self.config.attention_backend)
         step = make_step(self._flat, layout, full=key.full, processors=key.processors, num_top=self.config.max_logprobs)
         return jax.jit(step, donate_argnums=(1, 2)).lower(*self._abstract_args(layout, num_pages))
 
@@ -233,7 +233,7 @@ class ModelRunner:
         bucket = self._pick(batch.num_tokens, len(batch.sequences), full)
         step = self._compiler.get(StepKey(bucket, full, self._processors))
         order = order_rows(batch)
-        packed = pack(batch, order, PackedLayout(bucket, self.table_width), self._slots)
+        packed = pack(batch, order, PackedLayout(bucket, self.table_width, self.config.attention_backend), self._slots)
         self._caches, self._state, outputs = step(self._leaves, self._caches, self._state, packed)
         return StepHandle(outputs, order, batch)
 
@@ -271,11 +271,7 @@ class ModelRunner:
         num_caches = 1 if self._is_stacked else config.num_layers
         return [
             make_cache(
-                num_pages * config.num_layers // num_caches,
-                self.config.block_size,
-                config.num_kv_heads,
-                config.head_dim,
-                self.config.kv_cache_dtype,
+                self.config.attention, num_pages * config.num_layers // num_caches, self.config.attention_backend
             )
             for _ in range(num_caches)
         ]

@@ -1,8 +1,11 @@
 """Ragged paged attention: one public op, one implementation per platform."""
 
 from jaxengine.pallas_kernels.ragged_paged_attention.api import (
+    IMPLEMENTATIONS,
     AttentionMetadata,
-    cache_shape,
+    AttentionSpec,
+    cache_shapes,
+    choose_implementation,
     make_cache,
     plan_attention,
     ragged_paged_attention,
@@ -10,8 +13,11 @@ from jaxengine.pallas_kernels.ragged_paged_attention.api import (
 )
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "AttentionMetadata",
-    "cache_shape",
+    "AttentionSpec",
+    "cache_shapes",
+    "choose_implementation",
     "make_cache",
     "plan_attention",
     "ragged_paged_attention",

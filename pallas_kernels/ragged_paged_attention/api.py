@@ -1,17 +1,42 @@
-"""The public op: checks its arguments once and hands them to the platform's implementation."""
+"""The public op: checks its arguments once and hands them to the implementation that the metadata names."""
 
 import dataclasses
+import functools
+import importlib
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxengine.pallas_kernels.ragged_paged_attention import reference
+logger = logging.getLogger(__name__)
 
-KVCache = tuple[jax.Array, jax.Array]
+KVCache = tuple[jax.Array, ...]
 
-# Implementations by name. A platform kernel raises NotImplementedError for what it does not support.
-IMPLEMENTATIONS = {"reference": reference}
+# Modules beside this one, imported on first use. Each has check_support, cache_shapes, make_plan and the op itself.
+IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
+_KERNEL_OF_PLATFORM = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is fixed for a model's attention layers, and decides which implementation can run them.
+
+    Attributes:
+      num_heads: N.
+      num_kv_heads: K.
+      head_dim: H.
+      page_size: tokens of a page.
+      dtype: name of the queries' dtype.
+      cache_dtype: name of the cache's dtype.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str
+    cache_dtype: str
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +51,7 @@ class AttentionMetadata:
       num_seqs: i32[], sequences in this step; rows from there on are padding.
       num_decodes: i32[], leading sequences with exactly one new token.
       plan: what `plan_attention` added, or None: then the op plans by itself.
+      implementation: a name in `IMPLEMENTATIONS`; the cache must have been made for the same.
     """
 
     kv_lens: jax.Array
@@ -34,17 +60,54 @@ class AttentionMetadata:
     num_seqs: jax.Array
     num_decodes: jax.Array
     plan: Any = None
+    implementation: str = dataclasses.field(default="reference", metadata={"static": True})
 
 
-def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of one layer's K (or V) array for the implementation in use: [P, K, page, H]."""
-    return reference.cache_shape(num_pages, page_size, num_kv_heads, head_dim)
+def choose_implementation(spec: AttentionSpec, platform: str | None = None) -> str:
+    """The kernel of a platform ("cpu", "gpu", "tpu"; None for the default device's), where it supports `spec`.
+
+    Otherwise the reference, which the log says once.
+    """
+    name = _KERNEL_OF_PLATFORM.get(platform or jax.default_backend(), "reference")
+    try:
+        get_implementation(name).check_support(spec)
+    except NotImplementedError as error:
+        _warn_once(f"attention runs in plain JAX, which is slow: {name}: {error}")
+        return "reference"
+    return name
 
 
-def make_cache(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
-    """Makes one layer's empty cache: its K and its V array."""
-    shape = cache_shape(num_pages, page_size, num_kv_heads, head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+@functools.cache
+def get_implementation(name: str) -> Any:
+    """The module of an implementation.
+
+    Raises:
+      ValueError: no such name.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    return importlib.import_module(f"jaxengine.pallas_kernels.ragged_paged_attention.{name}")
+
+
+def cache_shapes(spec: AttentionSpec, num_pages: int, implementation: str = "reference") -> tuple[tuple[int, ...], ...]:
+    """Shapes of the arrays that make up one layer's cache; the leading axis of each is the pages'.
+
+    Raises:
+      NotImplementedError: the implementation does not support `spec`.
+    """
+    module = get_implementation(implementation)
+    module.check_support(spec)
+    return module.cache_shapes(spec, num_pages)
+
+
+def make_cache(spec: AttentionSpec, num_pages: int, implementation: str = "reference") -> KVCache:
+    """Makes one layer's empty cache. Raises as `cache_shapes` does."""
+    return tuple(jnp.zeros(shape, spec.cache_dtype) for shape in cache_shapes(spec, num_pages, implementation))
 
 
 def ragged_paged_attention(
@@ -60,7 +123,6 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
-    implementation: str = "reference",
 ) -> tuple[jax.Array, KVCache]:
     """Writes new keys and values into their pages and attends causally to everything up to each token.
 
@@ -68,14 +130,14 @@ def ragged_paged_attention(
       q: [T, N, H] queries of all sequences, one after the other (see `meta.query_starts`).
       k: [T, K, H] new keys; N is a multiple of K.
       v: [T, K, H] new values.
-      cache: K and V pages of this layer, from `make_cache`; donate them for an update in place.
-      meta: lengths and pages.
+      cache: pages of this layer, from `make_cache`; donate them for an update in place.
+      meta: lengths and pages, and which implementation runs.
       scale: factor on q.k, usually H**-0.5.
       sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None for all.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2).
       sinks: [N] learned logits that take part in the softmax but carry no value.
-      k_scale: f32[K] or scalar; the cache holds keys divided by it. Likewise `v_scale`.
-      implementation: a name in `IMPLEMENTATIONS`.
+      k_scale: f32[K] or scalar; the cache holds keys divided by it. Likewise `v_scale`. An int8 cache rounds to the
+        nearest integer.
 
     Returns:
       out: [T, N, H] in q's dtype; rows of the padding are finite, and nothing else is promised of them.
@@ -85,10 +147,8 @@ def ragged_paged_attention(
       ValueError: shapes that do not fit together.
       NotImplementedError: a combination that the implementation does not support.
     """
-    _check(q, k, v, cache, meta)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation].ragged_paged_attention(
+    _check(q, k, v, meta)
+    return get_implementation(meta.implementation).ragged_paged_attention(
         q,
         k,
         v,
@@ -104,46 +164,37 @@ def ragged_paged_attention(
 
 
 def plan_attention(
-    meta: AttentionMetadata,
-    *,
-    num_tokens: int,
-    cache: KVCache,
-    sliding_window: int | None = None,
-    implementation: str = "reference",
+    meta: AttentionMetadata, *, num_tokens: int, num_heads: int, cache: KVCache, sliding_window: int | None = None
 ) -> AttentionMetadata:
     """Adds to the metadata what follows from it alone: done once a step, and not again in every layer.
 
     Args:
       meta: lengths and pages.
       num_tokens: T.
+      num_heads: N.
       cache: any layer's; only its shape is read.
       sliding_window: the window of the layers that the plan is for.
-      implementation: a name in `IMPLEMENTATIONS`.
     """
-    num_pages, _, page_size, _ = cache[0].shape
-    plan = IMPLEMENTATIONS[implementation].make_plan(
-        meta, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size, sliding_window=sliding_window
+    plan = get_implementation(meta.implementation).make_plan(
+        meta, num_tokens=num_tokens, num_heads=num_heads, cache=cache, sliding_window=sliding_window
     )
     return dataclasses.replace(meta, plan=plan)
 
 
-def shift_pages(meta: AttentionMetadata, offset: jax.Array, implementation: str = "reference") -> AttentionMetadata:
+def shift_pages(meta: AttentionMetadata, offset: jax.Array) -> AttentionMetadata:
     """Moves all page ids by `offset`: for a cache that holds the pages of several layers one after the other.
 
     The plan must have been made for the whole cache, so that what it drops stays out of range.
     """
-    plan = None if meta.plan is None else IMPLEMENTATIONS[implementation].shift_plan(meta.plan, offset)
+    plan = None if meta.plan is None else get_implementation(meta.implementation).shift_plan(meta.plan, offset)
     return dataclasses.replace(meta, page_table=meta.page_table + offset, plan=plan)
 
 
-def _check(q, k, v, cache, meta: AttentionMetadata) -> None:
+def _check(q, k, v, meta: AttentionMetadata) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
         raise ValueError(f"expected q[T,N,H], k[T,K,H] and v like k, got {q.shape}, {k.shape}, {v.shape}")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q{q.shape} does not fit k{k.shape}: same T and H, and N a multiple of K")
-    k_pages, v_pages = cache
-    if k_pages.shape != v_pages.shape or k_pages.shape[1] != k.shape[1] or k_pages.shape[3] != k.shape[2]:
-        raise ValueError(f"cache {k_pages.shape}, {v_pages.shape} does not fit k{k.shape}: expected [P, K, page, H]")
     num_slots = meta.kv_lens.shape[0]
     if meta.query_starts.shape != (num_slots + 1,) or meta.page_table.shape[0] != num_slots:
         raise ValueError(

@@ -50,6 +50,7 @@ CASES = (
     Case("bfloat16_cache_float32_queries", ((1, 100), (40, 30)), cache_dtype="bfloat16"),
     Case("float16", ((1, 100), (40, 30)), dtype="float16", cache_dtype="float16"),
     Case("float8_cache", ((1, 100), (40, 30)), cache_dtype="float8_e4m3fn", scales=True),
+    Case("int8_cache", ((1, 100), (40, 30)), cache_dtype="int8", scales=True),
     Case("everything", ((1, 99), (33, 70)), sliding_window=50, soft_cap=20.0, sinks=True, num_heads=6),
 )
 
@@ -62,7 +63,7 @@ class Inputs:
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    k_cache: np.ndarray  # [P, K, page, H] float32 values representable in the cache dtype; NaN where unused
+    k_cache: np.ndarray  # [P, K, page, H] float32 values representable in the cache dtype; junk where unused
     v_cache: np.ndarray
     kv_lens: np.ndarray
     query_starts: np.ndarray
@@ -76,7 +77,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Draws normal inputs. Every page slot that no sequence owns holds NaN."""
+    """Draws normal inputs. Every page slot that no sequence owns holds NaN, or 127 in a cache of integers."""
     rng = np.random.default_rng(seed)
     dtype, cache_dtype = (np.dtype(getattr(ml_dtypes, d, d)) for d in (case.dtype, case.cache_dtype))
     num_seqs = len(case.seqs)
@@ -95,19 +96,25 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         shared = min(old for _, old in case.seqs) // case.page_size
         table[:num_seqs, :shared] = table[0, :shared]
     shape = (num_pages, case.num_kv_heads, case.page_size, case.head_dim)
-    k_cache, v_cache = (np.full(shape, np.nan, np.float32) for _ in range(2))
+    k_cache, v_cache = (np.full(shape, 127 if cache_dtype.kind == "i" else np.nan, np.float32) for _ in range(2))
+    is_drawn = set()
+    spread = 40 if cache_dtype.kind == "i" else 1
     for s, (_, old) in enumerate(case.seqs):
         for p in range(old):
             page, offset = table[s, p // case.page_size], p % case.page_size
+            if (page, offset) in is_drawn:  # a shared page
+                continue
+            is_drawn.add((page, offset))
             for cache in (k_cache, v_cache):
-                drawn = rng.normal(size=(case.num_kv_heads, case.head_dim)).astype(cache_dtype)
-                if np.isnan(cache[page, :, offset]).all():
-                    cache[page, :, offset] = drawn.astype(np.float32)
+                drawn = _cached(spread * rng.normal(size=(case.num_kv_heads, case.head_dim)), cache_dtype)
+                cache[page, :, offset] = drawn.astype(np.float32)
     starts = np.cumsum([0] + [new for new, _ in case.seqs])
     rows = int(starts[-1]) + case.padding_rows
 
     def draw(heads):
         return rng.normal(size=(rows, heads, case.head_dim)).astype(dtype)
+
+    low, high = (0.02, 0.05) if case.cache_dtype == "int8" else (0.5, 2)
 
     return Inputs(
         q=draw(case.num_heads),
@@ -121,10 +128,17 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         num_seqs=num_seqs,
         num_decodes=next((i for i, (new, _) in enumerate(case.seqs) if new != 1), num_seqs),
         sinks=rng.normal(size=case.num_heads).astype(np.float32) if case.sinks else None,
-        k_scale=rng.uniform(0.5, 2, case.num_kv_heads).astype(np.float32) if case.scales else None,
-        v_scale=rng.uniform(0.5, 2, case.num_kv_heads).astype(np.float32) if case.scales else None,
+        k_scale=rng.uniform(low, high, case.num_kv_heads).astype(np.float32) if case.scales else None,
+        v_scale=rng.uniform(low, high, case.num_kv_heads).astype(np.float32) if case.scales else None,
         scale=case.head_dim**-0.5 if case.scale is None else case.scale,
     )
+
+
+def _cached(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Float values as the cache's dtype; integers are rounded, and drawn over their whole range."""
+    if dtype.kind == "i":
+        return np.clip(np.rint(values), -128, 127).astype(dtype)
+    return values.astype(dtype)
 
 
 def oracle(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,7 +154,7 @@ def oracle(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarr
         (inputs.v_cache.copy(), inputs.v, inputs.v_scale),
     ):
         values = new.astype(np.float32) / (1 if scales is None else scales[:, None])
-        values = values.astype(cache_dtype).astype(np.float32)
+        values = _cached(values, cache_dtype).astype(np.float32)
         for s in range(inputs.num_seqs):
             start, end = inputs.query_starts[s], inputs.query_starts[s + 1]
             for row in range(start, end):

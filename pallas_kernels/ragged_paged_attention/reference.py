@@ -68,12 +68,18 @@ class Plan:
     sliding_window: int | None = dataclasses.field(metadata={"static": True})
 
 
-def cache_shape(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    return (num_pages, num_kv_heads, page_size, head_dim)
+def check_support(spec) -> None:
+    """Everything is supported."""
 
 
-def make_plan(meta, *, num_tokens: int, num_pages: int, page_size: int, sliding_window: int | None) -> Plan:
+def cache_shapes(spec, num_pages: int) -> tuple[tuple[int, ...], ...]:
+    """K and V, each [P, K, page, H]."""
+    return ((num_pages, spec.num_kv_heads, spec.page_size, spec.head_dim),) * 2
+
+
+def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: int | None) -> Plan:
     """See `Plan`."""
+    num_pages, _, page_size, _ = cache[0].shape
     num_slots, width = meta.page_table.shape
     group = min(GROUP, num_slots)
     decode_pages, prefill_pages = (_pages_a_block(b, page_size, width) for b in (KEY_BLOCK, PREFILL_KEY_BLOCK))
@@ -159,13 +165,12 @@ def _prefill_items(meta, num_tokens: int, block: int, longest: int, sliding_wind
 
 def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_cap, sinks, k_scale, v_scale):
     """See `api.ragged_paged_attention`."""
-    num_pages, num_kv_heads, page_size, head_dim = cache[0].shape
-    num_tokens, num_heads, _ = q.shape
+    check_cache(k, cache)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
     plan = meta.plan
     if plan is None:
-        plan = make_plan(
-            meta, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size, sliding_window=sliding_window
-        )
+        plan = make_plan(meta, num_tokens=num_tokens, num_heads=num_heads, cache=cache, sliding_window=sliding_window)
     if plan.sliding_window != sliding_window:
         raise ValueError(f"sliding_window={sliding_window}, but meta was planned for {plan.sliding_window}")
     k_pages, v_pages = _write(k, v, cache, plan, k_scale, v_scale)
@@ -184,6 +189,13 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
     return out[:num_tokens].reshape(q.shape).astype(q.dtype), (k_pages, v_pages)
 
 
+def check_cache(k, cache) -> None:
+    """Raises ValueError unless the cache is K and V pages [P, K, page, H] that fit k[T, K, H]."""
+    shapes = [c.shape for c in cache]
+    if len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1::2] != k.shape[1:]:
+        raise ValueError(f"cache {shapes} does not fit k{k.shape}: expected K and V as [P, K, page, H]")
+
+
 def _write(k, v, cache, plan: Plan, k_scale, v_scale):
     """Scatters the new keys and values into their pages; rows of the padding are dropped."""
     if k_scale is not None:
@@ -192,6 +204,9 @@ def _write(k, v, cache, plan: Plan, k_scale, v_scale):
         v = v / jnp.reshape(v_scale, (-1, 1))
 
     def put(pages, new):  # [P, K, page, H] <- [T, K, H]
+        if jnp.issubdtype(pages.dtype, jnp.integer):
+            limits = jnp.iinfo(pages.dtype)
+            new = jnp.clip(jnp.round(new.astype(jnp.float32)), limits.min, limits.max)
         return pages.at[plan.page, :, plan.offset].set(new.astype(pages.dtype), mode="drop", unique_indices=True)
 
     return put(cache[0], k), put(cache[1], v)

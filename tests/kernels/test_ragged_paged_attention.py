@@ -13,7 +13,13 @@ from jaxengine.pallas_kernels.ragged_paged_attention import reference
 from jaxengine.pallas_kernels.ragged_paged_attention.cases import BOUNDS, CASES, Case, make_inputs, oracle
 
 
-def run(case: Case, inputs, **changes):
+def spec_of(case: Case) -> op.AttentionSpec:
+    return op.AttentionSpec(
+        case.num_heads, case.num_kv_heads, case.head_dim, case.page_size, case.dtype, case.cache_dtype
+    )
+
+
+def run(case: Case, inputs, implementation="reference", **changes):
     """Calls the op on the case's inputs; returns out of the real rows and both caches in float32."""
     cache = tuple(jnp.asarray(c).astype(case.cache_dtype) for c in (inputs.k_cache, inputs.v_cache))
     meta = op.AttentionMetadata(
@@ -22,6 +28,7 @@ def run(case: Case, inputs, **changes):
         page_table=jnp.asarray(inputs.page_table),
         num_seqs=jnp.int32(inputs.num_seqs),
         num_decodes=jnp.int32(inputs.num_decodes),
+        implementation=implementation,
     )
     options = {
         "scale": inputs.scale,
@@ -87,7 +94,9 @@ def test_a_mutation_of_the_mask_is_noticed(monkeypatch):
 
 def test_the_cache_is_updated_in_place():
     """No copy of the cache: the donated buffers are the outputs', and temporaries stay far below the cache's size."""
-    pages = jax.ShapeDtypeStruct(op.cache_shape(4096, 16, 2, 64), jnp.float32)
+    pages = jax.ShapeDtypeStruct(
+        op.cache_shapes(op.AttentionSpec(4, 2, 64, 16, "float32", "float32"), 4096)[0], jnp.float32
+    )
     i32: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     meta = op.AttentionMetadata(i32((8,)), i32((9,)), i32((8, 64)), i32(()), i32(()))
     new = jax.ShapeDtypeStruct((32, 2, 64), jnp.float32)

@@ -15,7 +15,7 @@ from jaxengine.models.layers import attention
 from jaxengine.models.layers.rope import inverse_frequencies
 from jaxengine.models.registry import MODELS, model_class
 from jaxengine.models.weights import parameters
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, make_cache
+from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, AttentionSpec, make_cache
 from jaxengine.sharding.axes import LOGICAL_AXES
 from jaxengine.sharding.mesh import make_mesh
 from jaxengine.sharding.rules import RULES, partition_spec
@@ -168,9 +168,11 @@ def test_identical_layers_are_traced_once(monkeypatch):
         attention.Attention, "__call__", lambda self, *args: (traces.append(self.window), original(self, *args))[1]
     )
     leaves, treedef = jax.tree.flatten(model_class(config.architecture)(config))
-    caches = [jax.eval_shape(lambda: make_cache(4, 8, 1, 8, jnp.float32))] * config.num_layers
+    caches = [
+        jax.eval_shape(lambda: make_cache(AttentionSpec(config.num_heads, 1, 8, 8, "float32", "float32"), 4))
+    ] * config.num_layers
     numbers = [jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2, 2), (), (), (11,), (11,))]
-    meta = AttentionMetadata(*numbers[:5])
+    meta = AttentionMetadata(*numbers[:5])  # pyright: ignore[reportArgumentType]
     hidden, _ = jax.eval_shape(
         lambda leaves, *args: jax.tree.unflatten(treedef, leaves)(*args), leaves, *numbers[5:], caches, meta
     )

@@ -16,7 +16,7 @@ from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.registry import model_class
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, make_cache
+from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, AttentionSpec, make_cache
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.name for path in DATA.iterdir())
@@ -35,10 +35,7 @@ class Runner:
         self.token_ids = token_ids
         graphdef, state = nnx.split(model)
         self.leaves, treedef = jax.tree.flatten(state)
-        self.caches = [
-            make_cache(1 + PAGE_TABLE.size, PAGE_SIZE, config.num_kv_heads, config.head_dim, jnp.float32)
-            for _ in range(config.num_layers)
-        ]
+        self.caches = [make_cache(_spec(config, "float32"), 1 + PAGE_TABLE.size) for _ in range(config.num_layers)]
 
         def step(leaves, token_ids, positions, caches, meta):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
@@ -68,10 +65,14 @@ class Runner:
         starts += [starts[-1]] * (3 - len(starts))
         num_decodes = sum(count == 1 for _, count in work)
         numbers = (kv_lens, np.array(starts, np.int32), table, np.int32(len(work)), np.int32(num_decodes))
-        meta = AttentionMetadata(*map(jnp.asarray, numbers))
+        meta = AttentionMetadata(*map(jnp.asarray, numbers))  # pyright: ignore[reportArgumentType]
         logits, self.caches = self.step(self.leaves, jnp.asarray(ids), jnp.asarray(positions), self.caches, meta)
         for row, (sequence, _) in enumerate(work):
             self.logits[sequence].append(np.asarray(logits)[starts[row] : starts[row + 1]])
+
+
+def _spec(config: ModelConfig, dtype: str) -> AttentionSpec:
+    return AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype, dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,7 +104,7 @@ def test_activations_keep_the_dtype_of_the_weights(case):
     config = ModelConfig.from_hf(HFCheckpoint(DATA / case).config)
     model = model_class(config.architecture)(config, dtype=jnp.bfloat16)
     leaves, treedef = jax.tree.flatten(model)
-    caches = [make_cache(2, PAGE_SIZE, config.num_kv_heads, config.head_dim, jnp.bfloat16)] * config.num_layers
+    caches = [make_cache(_spec(config, "bfloat16"), 2)] * config.num_layers
     numbers = [jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2, 2), (), (), (11,), (11,))]
 
     def step(leaves, *args):
@@ -111,7 +112,7 @@ def test_activations_keep_the_dtype_of_the_weights(case):
         hidden, caches = model(*args)
         return hidden, model.compute_logits(hidden), caches
 
-    meta = AttentionMetadata(*numbers[:5])
+    meta = AttentionMetadata(*numbers[:5])  # pyright: ignore[reportArgumentType]
     hidden, logits, caches = jax.eval_shape(step, leaves, *numbers[5:], caches, meta)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(caches)} == {jnp.dtype(jnp.bfloat16)}
