@@ -86,7 +86,11 @@ class PackedLayout:
         }
         fields |= {name: lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOAT_FIELDS}
         meta = AttentionMetadata(
-            **{n: fields[n] for n in ("kv_lens", "query_starts", "page_table", "num_seqs", "num_decodes")},
+            fields["kv_lens"],
+            fields["query_starts"],
+            fields["page_table"],
+            fields["num_seqs"],
+            fields["num_decodes"],
             implementation=self.attention_backend,
         )
         rows = SamplingRows(**{name: fields[name] for name in INT_FIELDS + FLOAT_FIELDS})

@@ -52,6 +52,8 @@ class AttentionMetadata:
       num_decodes: i32[], leading sequences with exactly one new token.
       plan: what `plan_attention` added, or None: then the op plans by itself.
       implementation: a name in `IMPLEMENTATIONS`; the cache must have been made for the same.
+      max_query_len: most new tokens of any sequence, where that is known when the step is compiled: 1 for a step of
+        decodes spares the kernels the rest.
     """
 
     kv_lens: jax.Array
@@ -61,6 +63,7 @@ class AttentionMetadata:
     num_decodes: jax.Array
     plan: Any = None
     implementation: str = dataclasses.field(default="reference", metadata={"static": True})
+    max_query_len: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def choose_implementation(spec: AttentionSpec, platform: str | None = None) -> str:

@@ -89,16 +89,11 @@ def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: i
     width_pad = max(-width % decode_pages, -width % prefill_pages)
     table = jnp.pad(meta.page_table, ((0, slots_pad), (0, width_pad)))
 
-    rows = jnp.arange(num_tokens, dtype=jnp.int32)
-    seq = jnp.minimum(jnp.sum(rows[:, None] >= meta.query_starts[None, 1:], axis=1), num_slots - 1)  # [T]
-    position = meta.kv_lens[seq] - meta.query_starts[seq + 1] + rows
-    page = meta.page_table[seq, jnp.clip(position // page_size, 0, width - 1)]
-    page = jnp.where(rows < meta.query_starts[meta.num_seqs], page, num_pages)
-
+    page, offset = new_token_slots(meta, num_tokens, num_pages, page_size)
     row_end = jnp.pad(meta.query_starts[1:], (0, slots_pad))
     return Plan(
         page=page,
-        offset=position % page_size,
+        offset=offset,
         lens=lens,
         table=table,
         row_end=row_end,
@@ -109,6 +104,16 @@ def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: i
         else _prefill_items(meta, num_tokens, prefill_pages * page_size, width * page_size, sliding_window),
         sliding_window=sliding_window,
     )
+
+
+def new_token_slots(meta, num_tokens: int, num_pages: int, page_size: int):
+    """Page and offset, i32[T] each, where each new token is written; page `num_pages` for rows of the padding."""
+    num_slots, width = meta.page_table.shape
+    rows = jnp.arange(num_tokens, dtype=jnp.int32)
+    seq = jnp.minimum(jnp.sum(rows[:, None] >= meta.query_starts[None, 1:], axis=1), num_slots - 1)  # [T]
+    position = meta.kv_lens[seq] - meta.query_starts[seq + 1] + rows
+    page = meta.page_table[seq, jnp.clip(position // page_size, 0, width - 1)]
+    return jnp.where(rows < meta.query_starts[meta.num_seqs], page, num_pages), position % page_size
 
 
 def shift_plan(plan: Plan, offset) -> Plan:
@@ -173,7 +178,7 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
         plan = make_plan(meta, num_tokens=num_tokens, num_heads=num_heads, cache=cache, sliding_window=sliding_window)
     if plan.sliding_window != sliding_window:
         raise ValueError(f"sliding_window={sliding_window}, but meta was planned for {plan.sliding_window}")
-    k_pages, v_pages = _write(k, v, cache, plan, k_scale, v_scale)
+    k_pages, v_pages = write(k, v, cache, plan.page, plan.offset, k_scale, v_scale)
     attend = functools.partial(
         _attend_block, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale
     )
@@ -196,20 +201,24 @@ def check_cache(k, cache) -> None:
         raise ValueError(f"cache {shapes} does not fit k{k.shape}: expected K and V as [P, K, page, H]")
 
 
-def _write(k, v, cache, plan: Plan, k_scale, v_scale):
-    """Scatters the new keys and values into their pages; rows of the padding are dropped."""
-    if k_scale is not None:
-        k = k / jnp.reshape(k_scale, (-1, 1))
-    if v_scale is not None:
-        v = v / jnp.reshape(v_scale, (-1, 1))
+def write(k, v, cache, page, offset, k_scale, v_scale):
+    """Scatters new keys and values [T, K, H] into slots of pages; those with a page out of range are dropped."""
 
-    def put(pages, new):  # [P, K, page, H] <- [T, K, H]
-        if jnp.issubdtype(pages.dtype, jnp.integer):
-            limits = jnp.iinfo(pages.dtype)
-            new = jnp.clip(jnp.round(new.astype(jnp.float32)), limits.min, limits.max)
-        return pages.at[plan.page, :, plan.offset].set(new.astype(pages.dtype), mode="drop", unique_indices=True)
+    def put(pages, new, scale):  # [P, K, page, H] <- [T, K, H]
+        new = to_cache_dtype(new, scale, pages.dtype)
+        return pages.at[page, :, offset].set(new, mode="drop", unique_indices=True)
 
-    return put(cache[0], k), put(cache[1], v)
+    return put(cache[0], k, k_scale), put(cache[1], v, v_scale)
+
+
+def to_cache_dtype(new, scale, dtype):
+    """Keys or values [T, K, H], divided by a scale for each head or for all, as the cache holds them."""
+    if scale is not None:
+        new = new / jnp.reshape(scale, (-1, 1))
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        new = jnp.clip(jnp.round(new.astype(jnp.float32)), limits.min, limits.max)
+    return new.astype(dtype)
 
 
 def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_cap, k_scale, v_scale):

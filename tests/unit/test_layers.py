@@ -30,7 +30,7 @@ ALLOWED = {
     "scheduler": {"kv_cache"},
     "loading": MODELS,
     "runner": RUNNER,
-    "engine_args": {"loading", "models", "runner"},
+    "engine_args": {"loading", "models", "pallas_kernels", "runner"},
     "engine": ENGINE,
     "llm": ENGINE,
     "bench": {"llm", *ENGINE},
