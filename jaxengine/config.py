@@ -73,7 +73,8 @@ class EngineConfig:
     Attributes:
         model: The architecture.
         scheduler: What bounds a step.
-        dtype: Dtype of weights and activations.
+        dtype: Dtype of activations, norms and biases, and of all products.
+        weight_dtype: Dtype in which matrices are held.
         kv_cache_dtype: Dtype of cached keys and values.
         attention: What the attention op needs to know of the model.
         attention_backend: Implementation of ragged paged attention.
@@ -94,6 +95,7 @@ class EngineConfig:
     model: ModelConfig
     scheduler: SchedulerConfig
     dtype: str
+    weight_dtype: str
     kv_cache_dtype: str
     attention: AttentionSpec
     attention_backend: str

@@ -28,7 +28,8 @@ class EngineArgs:
         skip_tokenizer_init: Serve token ids only.
         revision: Branch, tag or commit of a hub id.
         load_format: "auto", or "dummy" for random weights (only the configuration is read).
-        dtype: Of weights and activations: "auto", "bfloat16", "float16" or "float32".
+        dtype: Of weights and activations: "auto", "bfloat16", "float16" or "float32". CPUs compute a
+            16-bit checkpoint in float32 and may hold its matrices as they are.
         kv_cache_dtype: Of the cache; "auto" follows `dtype`.
         attention_backend: "reference" (plain JAX), "mosaic_gpu" or "mosaic_tpu"; "auto": the platform's kernel.
         seed: Seed of requests that bring none.
@@ -37,7 +38,7 @@ class EngineArgs:
         max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
         block_size: Tokens of a page.
         num_gpu_blocks_override: Pages of the KV cache, instead of sizing it from the memory.
-        kv_cache_memory_bytes: Memory of the KV cache, instead of what is left on the device (on CPU: of 256 MiB).
+        kv_cache_memory_bytes: Memory of the KV cache, instead of what is left on the device (on CPU: of 384 MiB).
         gpu_memory_utilization: Share of the device's memory that the engine may take.
         enable_prefix_caching: Whether requests share the pages of equal prefixes.
         enable_chunked_prefill: Whether a prompt may be split over several steps.
@@ -116,9 +117,9 @@ class EngineArgs:
         longest = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > longest:
             raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
-        dtype, kv_cache_dtype = resolve_dtypes(self.dtype, self.kv_cache_dtype, model.dtype)
+        dtypes = resolve_dtypes(self.dtype, self.kv_cache_dtype, model.dtype, is_loop=model.has_equal_layers)
         attention = AttentionSpec(
-            model.num_heads, model.num_kv_heads, model.head_dim, self.block_size, dtype, kv_cache_dtype
+            model.num_heads, model.num_kv_heads, model.head_dim, self.block_size, dtypes.compute, dtypes.kv_cache
         )
         backend = choose_implementation(attention) if self.attention_backend == "auto" else self.attention_backend
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
@@ -137,8 +138,9 @@ class EngineArgs:
                     long_prefill_token_threshold=self.long_prefill_token_threshold,
                     async_scheduling=self.async_scheduling,
                 ),
-                dtype=dtype,
-                kv_cache_dtype=kv_cache_dtype,
+                dtype=dtypes.compute,
+                weight_dtype=dtypes.weights,
+                kv_cache_dtype=dtypes.kv_cache,
                 attention=attention,
                 attention_backend=backend,
                 block_size=self.block_size,

@@ -102,9 +102,7 @@ class CausalLM(nnx.Module):
 
     def stack_layers(self) -> bool:
         """Turns the layers into a `LayerStack`, if they differ in nothing but their parameters; says whether."""
-        config = self.config
-        kinds = {(config.window(i), config.layer_rope(i)) for i in range(config.num_layers)}
-        if len(kinds) > 1 or config.num_layers == 1:
+        if not self.config.has_equal_layers:
             return False
         self.layers = LayerStack(self.layers)
         return True

@@ -211,6 +211,12 @@ class ModelConfig:
         is_local = self.layer_types[layer] == SLIDING and self.local_rope is not None
         return self.local_rope if is_local else self.rope
 
+    @property
+    def has_equal_layers(self) -> bool:
+        """Whether the layers, more than one, differ in nothing but their parameters."""
+        kinds = {(self.window(i), self.layer_rope(i)) for i in range(self.num_layers)}
+        return len(kinds) == 1 and self.num_layers > 1
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
         """Reads the form of Hugging Face's `config.json`, old or new.

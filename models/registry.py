@@ -6,7 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
     from jaxengine.models.causal_lm import CausalLM
+    from jaxengine.models.config import ModelConfig
 
 MODELS: dict[str, str] = {
     "GPT2LMHeadModel": "gpt2:GPT2ForCausalLM",
@@ -45,3 +48,22 @@ def model_class(architecture: str) -> type[CausalLM]:
         raise ValueError(f"architecture is {architecture!r}; supported: {', '.join(sorted(MODELS))}")
     module, _, name = MODELS[architecture].partition(":")
     return getattr(importlib.import_module(f"jaxengine.models.{module}"), name)
+
+
+def abstract_model(config: ModelConfig, dtype: DTypeLike, weight_dtype: DTypeLike | None = None) -> CausalLM:
+    """A model without weights, for the loader to fill and the runner to compile.
+
+    Args:
+        config: The model.
+        dtype: Dtype of activations, and of norms and biases.
+        weight_dtype: Dtype of the matrices; by default `dtype`.
+    """
+    import jax
+
+    from jaxengine.models.weights import parameters
+
+    model = model_class(config.architecture)(config, dtype=dtype)
+    for param in parameters(model).values():
+        if weight_dtype is not None and len(param.shape) > 1:
+            param.set_value(jax.ShapeDtypeStruct(param.shape, weight_dtype))
+    return model

@@ -46,7 +46,7 @@ class LLMEngine:
         set_up_compilation_cache(args.compilation_cache_dir)
         # Heavy imports wait until the arguments have been looked at.
         from jaxengine.kv_cache.manager import KVCacheManager
-        from jaxengine.models.registry import model_class
+        from jaxengine.models.registry import abstract_model
         from jaxengine.runner.model_runner import ModelRunner
         from jaxengine.scheduler.scheduler import Scheduler
 
@@ -57,9 +57,8 @@ class LLMEngine:
             tokenizer = pool.submit(self._load_tokenizer)
             self.config: EngineConfig = args.resolve(self.checkpoint)
             model = pool.submit(self._load_model)
-            runner = ModelRunner(
-                model_class(self.config.model.architecture)(self.config.model, dtype=self.config.dtype), self.config
-            )
+            config = self.config
+            runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
             try:
                 self.tokenizer = tokenizer.result()
                 runner.load(model.result())
@@ -89,9 +88,12 @@ class LLMEngine:
     def _load_model(self) -> Any:
         from jaxengine.loading.loader import init_dummy, load_model
 
+        model, dtype, weight_dtype = self.config.model, self.config.dtype, self.config.weight_dtype
         if self.args.load_format == "dummy":
-            return init_dummy(self.config.model, self.config.dtype, seed=self.args.seed)
-        return load_model(self.checkpoint, self.config.model, self.config.dtype)
+            return init_dummy(model, dtype, seed=self.args.seed, weight_dtype=weight_dtype)
+        loaded = load_model(self.checkpoint, model, dtype, weight_dtype=weight_dtype)
+        self.checkpoint.release()
+        return loaded
 
     def _wait(self, runner) -> None:
         if self.config.warmup == "full":

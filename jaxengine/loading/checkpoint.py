@@ -41,6 +41,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Gives back the memory that the mapped files take up; tensors can be read again."""
+        ...
+
     def tokenizer(self) -> Any:
         """The tokenizer: a transformers fast tokenizer, or an object with the same methods; the same one each call."""
         ...

@@ -41,6 +41,9 @@ class ConfigCheckpoint:
         """Always raises ValueError."""
         raise ValueError(f'{self.path} has no tensor {name!r}: it has no weights, only load_format="dummy" works')
 
+    def release(self) -> None:
+        """Does nothing: no weights are mapped."""
+
     def tokenizer(self) -> Any:
         """The tokenizer that lies beside the configuration.
 

@@ -73,6 +73,11 @@ class GGUFCheckpoint:
             return _read(file, tensor).astype(np.float32) - np.float32(family.norm_offset)
         return _read(file, tensor)
 
+    def release(self) -> None:
+        """Gives back the memory that the mapped files take up."""
+        for file in {id(file): file for file, _ in self._tensors.values()}.values():
+            file.release()
+
     def tokenizer(self) -> Any:
         """The tokenizer of the file's own metadata; the same object each call."""
         with self._tokenizer_lock:

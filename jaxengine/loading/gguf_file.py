@@ -92,6 +92,11 @@ class GGUFFile:
         rows = tensor.shape[:-1] or (1,)
         return flat.reshape(*rows, -1) if tensor.num_bytes else flat.reshape(*rows, 0)
 
+    def release(self) -> None:
+        """Drops the pages that have been read: a process is charged for them. They can be read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     def _read_metadata(self, pos: int, num_pairs: int) -> int:
         for _ in range(num_pairs):
             key, pos = self._string(pos)

@@ -16,7 +16,7 @@ from jaxengine.loading.checkpoint import Checkpoint
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.param import initial_value
-from jaxengine.models.registry import model_class
+from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.sharding.rules import named_sharding
 
@@ -24,7 +24,13 @@ NUM_READERS = 4
 """Threads that read, convert and copy tensors: enough to keep a disk busy, few enough to bound the copies alive."""
 
 
-def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> CausalLM:
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    weight_dtype: DTypeLike | None = None,
+) -> CausalLM:
     """Builds a model and fills it from a checkpoint.
 
     Every device gets only its shards: with memory-mapped tensors no more than that is read.
@@ -32,14 +38,15 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, me
     Args:
         checkpoint: Where the tensors come from.
         config: The model, as `ModelConfig.from_hf(checkpoint.config)` gives it.
-        dtype: Dtype of all parameters.
+        dtype: Dtype of activations and parameters.
         mesh: Where they go; None puts all on the default device.
+        weight_dtype: Dtype of the matrices, if it is another one.
 
     Raises:
         ValueError: A tensor is missing, has another shape than the configuration says, or is not part of the model.
     """
-    family = model_class(config.architecture)
-    model = family(config, dtype=dtype)
+    model = abstract_model(config, dtype, weight_dtype)
+    family = type(model)
     available = checkpoint.tensor_names()
     specs = {
         path: WeightSpec(tuple(_find(name, available, family, checkpoint) for name in spec.names), spec.transpose)
@@ -53,7 +60,7 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, me
         tensors = [checkpoint.get(name) for name in spec.names]
         tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
         _check_shapes(path, param, spec, tensors, checkpoint)
-        read = functools.partial(_read_slice, tensors, np.dtype(dtype))
+        read = functools.partial(_read_slice, tensors, np.dtype(param.dtype))
         if mesh is None:  # not committed to a device: computations then go wherever their other arguments are
             param.set_value(jax.device_put(read((slice(None),) * len(param.shape))))
         else:
@@ -64,19 +71,27 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: DTypeLike, me
     return model
 
 
-def init_dummy(config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None, seed: int = 0) -> CausalLM:
+def init_dummy(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    weight_dtype: DTypeLike | None = None,
+) -> CausalLM:
     """Builds a model with random weights, made on the devices where they stay: for benchmarks and tests.
 
     Args:
         config: The model.
-        dtype: Dtype of all parameters.
+        dtype: Dtype of activations and parameters.
         mesh: Where they go; None puts all on the default device.
         seed: The same seed gives the same weights.
+        weight_dtype: Dtype of the matrices, if it is another one.
     """
-    model = model_class(config.architecture)(config, dtype=dtype)
+    model = abstract_model(config, dtype, weight_dtype)
     key = jax.random.key(seed)
     for index, param in enumerate(parameters(model).values()):
-        make = _dummy_maker(param.shape, np.dtype(dtype), param.get_metadata("init"), mesh and _sharding(param, mesh))
+        sharding = mesh and _sharding(param, mesh)
+        make = _dummy_maker(param.shape, np.dtype(param.dtype), param.get_metadata("init"), sharding)
         param.set_value(make(jax.random.fold_in(key, index)))
     return model
 

@@ -78,6 +78,11 @@ class SafetensorsFile:
         dtype, shape, start, _ = self._places[name]
         return np.frombuffer(self._data, dtype, math.prod(shape), self._start + start).reshape(shape)
 
+    def release(self) -> None:
+        """Drops the pages that have been read: a process is charged for them. They can be read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     def _place(self, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
         try:
             kind, shape = entry["dtype"], tuple(int(dim) for dim in entry["shape"])
@@ -146,6 +151,11 @@ class HFCheckpoint:
         if name not in self._shards:
             raise ValueError(f"{self.path} has no tensor {name!r}")
         return self._shards[name].get(name)
+
+    def release(self) -> None:
+        """Gives back the memory that the mapped files take up."""
+        for file in {id(file): file for file in self._shards.values()}.values():
+            file.release()
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer, by transformers' AutoTokenizer.

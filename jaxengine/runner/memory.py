@@ -15,7 +15,7 @@ from jaxengine.pallas_kernels.ragged_paged_attention import cache_shapes
 logger = logging.getLogger(__name__)
 
 # CPUs share their memory with everything else, so the cache takes a fixed amount and not a share of what is free.
-CPU_CACHE_BYTES = 256 * 2**20
+CPU_CACHE_BYTES = 384 * 2**20
 
 
 def page_bytes(config: EngineConfig) -> int:

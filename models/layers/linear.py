@@ -10,6 +10,9 @@ from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
 
+CONVERTED_BYTES = 8 * 2**20
+"""Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
+
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
     """`x @ weight.T` with the sums in float32.
@@ -25,14 +28,34 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
     Returns:
         `[..., out]`.
     """
-    product = lax.dot_general(
+    if weight.dtype != x.dtype and weight.size * x.dtype.itemsize > CONVERTED_BYTES:
+        product = _dot_by_blocks(x, weight)
+    else:
+        product = _dot(x, weight)
+    return product.astype(out_dtype or x.dtype)
+
+
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return lax.dot_general(
         x,
         weight.astype(x.dtype),
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
         preferred_element_type=jnp.float32,
     )
-    return product.astype(out_dtype or x.dtype)
+
+
+def _dot_by_blocks(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product with a weight that is converted block by block of its rows, the last of them moved back to fit."""
+    num_rows = weight.shape[0]
+    block = max(CONVERTED_BYTES // (weight.shape[1] * x.dtype.itemsize), 1)
+
+    def body(i, out):
+        start = jnp.minimum(i * block, num_rows - block)
+        product = _dot(x, lax.dynamic_slice_in_dim(weight, start, block))
+        return lax.dynamic_update_slice_in_dim(out, product, start, axis=-1)
+
+    return lax.fori_loop(0, -(-num_rows // block), body, jnp.zeros((*x.shape[:-1], num_rows), jnp.float32))
 
 
 class Linear(nnx.Module):

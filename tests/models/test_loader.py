@@ -38,6 +38,9 @@ class ArrayCheckpoint:
     def get(self, name: str) -> np.ndarray:
         return self.tensors[name]
 
+    def release(self) -> None:
+        pass
+
     def tokenizer(self) -> Any:
         raise NotImplementedError
 
