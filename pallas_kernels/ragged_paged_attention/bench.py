@@ -27,7 +27,10 @@ QUEUED = 5  # calls of a timed run that the host may prepare ahead of the device
 
 @dataclasses.dataclass(frozen=True)
 class BenchCase:
-    """`seqs` holds (new tokens, context before them, how many such sequences), decodes first."""
+    """`seqs` holds (new tokens, context before them, how many such sequences), decodes first.
+
+    The reference is timed where `has_reference` says so: it is slow, and takes long to compile.
+    """
 
     name: str
     seqs: tuple[tuple[int, int, int], ...]
@@ -37,6 +40,7 @@ class BenchCase:
     page_size: int = 16
     cache_dtype: str = "bfloat16"
     sliding_window: int | None = None
+    has_reference: bool = False
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
@@ -60,7 +64,7 @@ class BenchCase:
 
 
 CASES = (
-    BenchCase("decode 64 x 2048, page 16", ((1, 2047, 64),)),
+    BenchCase("decode 64 x 2048, page 16", ((1, 2047, 64),), has_reference=True),
     BenchCase("decode 64 x 2048, page 64", ((1, 2047, 64),), page_size=64),
     BenchCase("decode 8 x 16384", ((1, 16383, 8),)),
     BenchCase("decode 1 x 1024", ((1, 1023, 1),)),
@@ -72,13 +76,14 @@ CASES = (
     BenchCase("window 1024, decode 64 x 4096", ((1, 4095, 64),), sliding_window=1024),
     BenchCase("decode 64 x 2048, float8 cache", ((1, 2047, 64),), cache_dtype="float8_e4m3fn"),
     BenchCase("decode 64 x 2048, int8 cache", ((1, 2047, 64),), cache_dtype="int8"),
-    BenchCase("prefill 4 x 4096", ((4096, 0, 4),)),
+    BenchCase("prefill 4 x 4096", ((4096, 0, 4),), has_reference=True),
+    BenchCase("prefill 4 x 4096, page 64", ((4096, 0, 4),), page_size=64),
     BenchCase("prefill 16 x 1024", ((1024, 0, 16),)),
     BenchCase("prefill 4 x 4096, H=64", ((4096, 0, 4),), head_dim=64),
     BenchCase("prefill 2048 of 8192", ((2048, 6144, 1),)),
     BenchCase("mixed: 60 decodes x 2048", ((1, 2047, 60),)),
     BenchCase("mixed: a chunk of 2048", ((2048, 0, 1),)),
-    BenchCase("mixed: both", ((1, 2047, 60), (2048, 0, 1))),
+    BenchCase("mixed: both", ((1, 2047, 60), (2048, 0, 1)), has_reference=True),
 )
 
 
@@ -227,7 +232,7 @@ def measure(case: BenchCase, implementation: str, *, inner: int, repeats: int, r
         "seconds": lambda: time_op(case, implementation, inner=inner, repeats=repeats),
         "cudnn_seconds": lambda: time_cudnn(case, inner=inner, repeats=repeats),
     }
-    if reference:
+    if reference and case.has_reference:
         runs["reference_seconds"] = lambda: time_op(case, "reference", inner=1, repeats=1, queued=1)
     for name, run in runs.items():
         try:

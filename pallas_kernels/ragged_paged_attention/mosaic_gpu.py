@@ -88,7 +88,9 @@ def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: i
     items, num_items = _prefill_work(
         meta, is_real & ~is_short, lengths, sliding_window, tokens, num_tokens, prefill_block(head_dim, cache[0].dtype)
     )
-    return Plan(page, offset, meta.page_table, seqs, runs, items, num_items, sliding_window)
+    # Clipped, which makes it an array of its own: a slice of a larger one might not start on 256 bytes, as TMA wants.
+    table = jnp.clip(meta.page_table, 0, num_pages - 1)
+    return Plan(page, offset, table, seqs, runs, items, num_items, sliding_window)
 
 
 def decode_block(head_dim: int) -> int:
@@ -172,6 +174,8 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
     if scale <= 0:
         raise NotImplementedError(f"scale={scale}; supported: above 0")
     dtype = cache[0].dtype
+    is_real = (plan.page < cache[0].shape[0])[:, None, None]
+    k, v = (jnp.where(is_real, x, 0) for x in (k, v))  # arrays of their own, as the page table
     k, v = reference.to_cache_dtype(k, k_scale, dtype), reference.to_cache_dtype(v, v_scale, dtype)
     cache = write(k, v, cache, plan.page, plan.offset)
     group = num_heads // num_kv_heads

@@ -165,7 +165,7 @@ def _kernel(refs, scratch, tile: Tile, heads: int, stages: int):
                 valid = kv_len - first_key
                 plgpu.barrier_wait(scratch["k_full"].at[slot])
                 if tile.is_narrow:
-                    k = common.widen(tile, k, own["wide"], valid)
+                    k = common.widen(tile, k, own["wide"])
                 scores = common.matmul(q, k.transpose((1, 0)))
                 plgpu.barrier_arrive(scratch["k_free"].at[slot])
                 logits, factor = common.to_logits(tile, scores, k_scale)
@@ -174,9 +174,8 @@ def _kernel(refs, scratch, tile: Tile, heads: int, stages: int):
                 plgpu.barrier_wait(scratch["v_full"].at[slot])
 
                 if tile.is_narrow:
-                    v = common.widen(tile, v, own["wide"], valid)
-                else:
-                    pl.when(valid < tile.block_kv)(lambda: common.zero_tail(tile, v, valid))
+                    v = common.widen(tile, v, own["wide"])
+                pl.when(valid < tile.block_kv)(lambda: common.zero_tail(tile, v, valid))
                 carry = common.add_values(tile, carry, p, v)
                 plgpu.barrier_arrive(scratch["v_free"].at[slot])
                 return carry

@@ -213,7 +213,7 @@ class _Consumer:
             valid = kv_len - first_key
             plgpu.barrier_wait(scratch["k_full"].at[slot])
             if tile.is_narrow:
-                k = common.widen(tile, k, scratch["wide"].at[wg], valid)
+                k = common.widen(tile, k, scratch["wide"].at[wg])
             scores = common.matmul(q, k.transpose((1, 0)))
             self.hand_over()
             plgpu.barrier_arrive(scratch["k_free"].at[slot])
@@ -224,8 +224,8 @@ class _Consumer:
             carry, p = common.softmax_step(tile, carry, logits, factor, operand)
             plgpu.barrier_wait(scratch["v_full"].at[slot])
             if tile.is_narrow:
-                v = common.widen(tile, v, scratch["wide"].at[wg], valid)
-            elif masked:
+                v = common.widen(tile, v, scratch["wide"].at[wg])
+            if masked:
                 self._zero_tail(v, valid)
             self.take_turn()
             carry = common.add_values(tile, carry, p, v)
@@ -247,8 +247,11 @@ class _Consumer:
         return done + count
 
     def _zero_tail(self, v, valid):
-        """Clears values past the end of the sequence, each warpgroup its share of the rows; all wait for all."""
+        """Clears values past the end of the sequence: what is shared, each warpgroup in part, and all wait for all."""
         tile = self.tile
+        if tile.is_narrow:  # each has its own
+            pl.when(valid < tile.block_kv)(lambda: common.zero_tail(tile, v, valid))
+            return
 
         @pl.when(valid < tile.block_kv)
         def _():
