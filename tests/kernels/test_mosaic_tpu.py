@@ -362,7 +362,7 @@ def main(topology: str, names: list[str]) -> None:
 
 
 def compile_for(topology: str, names, record_property) -> None:
-    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install libtpu")
+    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so others may use libtpu too

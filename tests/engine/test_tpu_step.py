@@ -1,0 +1,86 @@
+"""A whole step of the engine, compiled for a TPU that is not there.
+
+Run as a script, this file compiles (see `main`): libtpu reads its settings before jax starts.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxengine.bench import workloads
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.registry import abstract_model
+from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes
+from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.input_batch import PackedLayout
+from jaxengine.runner.steps import FlatModel, make_step
+from jaxengine.sampling.state import make_sampling_state
+
+CONFIG = Path(workloads.__file__).parent / "configs" / "llama-3.2-1b.json"
+BUCKETS = (Bucket(16, 16), Bucket(256, 16))  # decodes; and with chunks of prompts
+PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 4096, 128
+
+
+def compile_step(bucket: Bucket, topology: str) -> dict[str, Any]:
+    """Compiles a step of a Llama 3.2 1B with two of its layers; returns what the compiler says of memory."""
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    config = ModelConfig.from_hf(json.loads(CONFIG.read_text()) | {"num_hidden_layers": 2})
+    config = dataclasses.replace(config, max_model_len=TABLE_WIDTH * PAGE_SIZE)
+    flat = FlatModel(abstract_model(config, "bfloat16"))
+    layout = PackedLayout(bucket, TABLE_WIDTH, "mosaic_tpu")
+    step = make_step(flat, layout, full=True, processors=(), num_top=5)
+    spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, PAGE_SIZE, "bfloat16", "bfloat16")
+    shapes = cache_shapes(spec, NUM_PAGES, "mosaic_tpu")
+    caches = [tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)] * config.num_layers
+    state = jax.eval_shape(lambda: make_sampling_state(bucket.num_seqs, config.vocab_size))
+    arguments = (list(flat.leaves), caches, state, jax.ShapeDtypeStruct((layout.size,), jnp.int32))
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    memory = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments).compile().memory_analysis()
+    assert memory is not None
+    return {
+        "tokens": bucket.num_tokens,
+        "cache_bytes": sum(c.size * c.dtype.itemsize for c in jax.tree.leaves(caches)),
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def main(topology: str) -> None:
+    for bucket in BUCKETS:
+        print(json.dumps(compile_step(bucket, topology)), flush=True)
+
+
+@pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("tpu7x:2x2x1", marks=pytest.mark.slow)])
+def test_compiles_for_a_tpu_in_place(topology, record_property):
+    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so others may use libtpu too
+        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), topology]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["tokens"] for row in rows] == [bucket.num_tokens for bucket in BUCKETS]
+    for row in rows:
+        record_property(f"{topology} {row['tokens']}", row)
+        assert row["alias_bytes"] >= row["cache_bytes"]  # the caches, and the sampler's state
+        assert row["temp_bytes"] < row["cache_bytes"] / 2
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
