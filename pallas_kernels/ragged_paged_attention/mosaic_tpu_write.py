@@ -69,6 +69,9 @@ def write_new(refs: Refs, static: Static) -> None:
 def _merge(old, new, first, end) -> None:
     """Takes rows `first..end` of the reference `old` [rows, lanes] from `new`, as bits: they may hold anything."""
     masks = words_of_rows(old.shape, old.dtype, first, end)
+    # Not for the values: libtpu 0.0.50 cannot convert what it has loaded row by row, but can select from it.
+    row = lax.broadcasted_iota(jnp.int32, new.shape, 0)
+    new = jnp.where((row >= first) & (row < end), new, 0.0)
     new = pltpu.bitcast(new.astype(old.dtype), jnp.int32)
     words = (pltpu.bitcast(old[...], jnp.int32) & ~masks) | (new & masks)
     old[...] = pltpu.bitcast(words, old.dtype)
