@@ -38,6 +38,8 @@ CASES = (
     Case("several_tokens_a_decode", ((3, 90), (3, 17), (4, 300))),
     Case("gqa_9_over_3", ((1, 33), (20, 5)), num_heads=9, num_kv_heads=3),
     Case("mha_head_dim_80", ((1, 33), (20, 5)), num_heads=4, num_kv_heads=4, head_dim=80),
+    Case("head_dim_96", ((1, 133), (20, 5)), num_heads=8, num_kv_heads=2, head_dim=96),
+    Case("head_dim_256", ((1, 133), (50, 5)), num_heads=4, num_kv_heads=2, head_dim=256),
     Case("mqa_16", ((1, 33), (20, 5)), num_heads=16, num_kv_heads=1, head_dim=128),
     Case("pages_of_64", ((1, 150), (70, 10)), page_size=64),
     Case("pages_of_256", ((1, 300), (9, 250)), page_size=256),

@@ -15,11 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_gpu_common as common
 from jaxengine.pallas_kernels.ragged_paged_attention.mosaic_gpu_common import F32, I32, ROWS, Tile, across
 
-# Columns of `Work.seqs`.
+# Columns of `seqs`.
 SEQ, BEGIN, END, FIRST_BLOCK, KV_LEN, FIRST_TOKEN, NUM_TOKENS = range(7)
-# Columns of `Work.runs`.
+# Columns of `runs`.
 RUN_BEGIN, RUN_END, FIRST_SEQ, LAST_SEQ, MERGE_SEQ, MERGE_END, NUM_ROWS = range(7)
-
 
 # Pieces that the merge loads at once.
 MERGE_UNROLL = 2

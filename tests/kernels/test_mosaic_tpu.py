@@ -27,7 +27,16 @@ SUPPORTED = [case for case in CASES if "float16" not in (case.dtype, case.cache_
 BY_NAME = {case.name: case for case in CASES}
 # The interpreter needs 3 to 6 s a case, most of it to compile: these are in the default run by other means.
 SLOW = {"one_decode", "decodes", "more_decodes_than_a_group", "one_prefill", "chunk_of_a_long_prompt"}
-SLOW |= {"pages_of_64", "window_of_one", "soft_cap", "sinks", "shared_pages", "bfloat16_cache_float32_queries"}
+SLOW |= {
+    "head_dim_96",
+    "head_dim_256",
+    "pages_of_64",
+    "window_of_one",
+    "soft_cap",
+    "sinks",
+    "shared_pages",
+    "bfloat16_cache_float32_queries",
+}
 # More than one row of page ids a sequence, and a window that starts in the second row.
 LONG = Case("long", ((1, 2100), (1, 4200), (3, 2300)), num_heads=2, num_kv_heads=1)
 # Compiled for a TPU in the default run: odd groups and head dims, a packed cache, and everything else at once.
