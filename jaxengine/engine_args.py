@@ -121,7 +121,7 @@ class EngineArgs:
         attention = AttentionSpec(
             model.num_heads, model.num_kv_heads, model.head_dim, self.block_size, dtypes.compute, dtypes.kv_cache
         )
-        backend = choose_implementation(attention) if self.attention_backend == "auto" else self.attention_backend
+        backend = choose_implementation(attention, wanted=self.attention_backend)
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
         default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)

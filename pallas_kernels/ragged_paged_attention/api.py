@@ -66,12 +66,24 @@ class AttentionMetadata:
     max_query_len: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-def choose_implementation(spec: AttentionSpec, platform: str | None = None) -> str:
+def choose_implementation(spec: AttentionSpec, platform: str | None = None, wanted: str = "auto") -> str:
     """The kernel of a platform ("cpu", "gpu", "tpu"; None for the default device's), where it supports `spec`.
 
-    Otherwise the reference, which the log says once.
+    Otherwise the reference, which the log says once; or an error, where a certain one is wanted.
+
+    Raises:
+      ValueError: what is wanted does not run there, or does not support `spec`.
     """
-    name = _KERNEL_OF_PLATFORM.get(platform or jax.default_backend(), "reference")
+    platform = platform or jax.default_backend()
+    name = _KERNEL_OF_PLATFORM.get(platform, "reference")
+    if wanted != "auto":
+        if wanted not in (name, "reference"):
+            raise ValueError(f"attention_backend={wanted!r}: does not run on a {platform}; 'auto' or 'reference' does")
+        try:
+            get_implementation(wanted).check_support(spec)
+        except NotImplementedError as error:
+            raise ValueError(f"attention_backend={wanted!r} does not support {error}") from error
+        return wanted
     try:
         get_implementation(name).check_support(spec)
     except NotImplementedError as error:

@@ -202,6 +202,10 @@ def test_what_is_unsupported_is_named(change, named, caplog):
         op.make_cache(bad, 4, "mosaic_gpu")
     assert op.choose_implementation(bad, "gpu") == "reference"
     assert named in caplog.text
+    with pytest.raises(ValueError, match=f"'mosaic_gpu' does not support {named}"):
+        op.choose_implementation(bad, "gpu", "mosaic_gpu")
+    with pytest.raises(ValueError, match="'mosaic_gpu': does not run on a cpu"):
+        op.choose_implementation(spec, "cpu", "mosaic_gpu")
 
 
 def test_head_dims_are_padded_only_where_tma_needs_it():
