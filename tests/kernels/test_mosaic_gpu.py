@@ -38,7 +38,7 @@ def supported(case: Case) -> Case:
 SUPPORTED = [supported(case) for case in CASES if case.name != "bfloat16_cache_float32_queries"]
 BY_NAME = {case.name: case for case in SUPPORTED}
 # The interpreter needs 5 to 15 s a case, most of it to compile; the others are marked slow.
-DEFAULT = ("mixed", "several_tokens_a_decode", "gqa_9_over_3", "mha_head_dim_80", "float8_cache", "everything")
+DEFAULT = ("mixed", "several_tokens_a_decode", "mha_head_dim_80", "float8_cache", "everything")
 
 
 def spec_of(case: Case) -> op.AttentionSpec:

@@ -26,7 +26,15 @@ from jaxengine.pallas_kernels.ragged_paged_attention.cases import BOUNDS, CASES,
 SUPPORTED = [case for case in CASES if "float16" not in (case.dtype, case.cache_dtype)]
 BY_NAME = {case.name: case for case in CASES}
 # The interpreter needs 3 to 6 s a case, most of it to compile: these are in the default run by other means.
-SLOW = {"one_decode", "decodes", "more_decodes_than_a_group", "one_prefill", "chunk_of_a_long_prompt"}
+SLOW = {
+    "gqa_9_over_3",
+    "window",
+    "one_decode",
+    "decodes",
+    "more_decodes_than_a_group",
+    "one_prefill",
+    "chunk_of_a_long_prompt",
+}
 SLOW |= {
     "head_dim_96",
     "head_dim_256",
