@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +43,30 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
             del os.environ[name.upper()]
         else:
             os.environ[name.upper()] = value
+
+
+@pytest.fixture(scope="session")
+def compile_for_tpu():
+    """Runs a test file as a script that compiles for a TPU without one; returns the lines of JSON that it prints.
+
+    In a process of its own: libtpu reads its settings before jax starts.
+    """
+    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so others may use libtpu too
+        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+    def run(script: str, *arguments: str) -> list[dict]:
+        command = [sys.executable, str(Path(script).resolve()), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,24 @@ def _cached(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return values.astype(dtype)
 
 
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||."""
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def check(case: Case, run, **options) -> None:
+    """Fails unless `run(case, inputs, **options)` gives what the oracle does: out within bounds, both caches exactly.
+
+    Where nothing was written, NaN stays NaN.
+    """
+    inputs = make_inputs(case)
+    want, want_k, want_v = oracle(case, inputs)
+    got, got_k, got_v = run(case, inputs, **options)
+    assert error(got, want) < BOUNDS[case.dtype]
+    np.testing.assert_array_equal(got_k, want_k)
+    np.testing.assert_array_equal(got_v, want_v)
+
+
 def oracle(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Dense attention in float64, one sequence after the other.
 

@@ -5,8 +5,6 @@ Run as a script, this file compiles (see `main`): libtpu reads its settings befo
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,19 +60,8 @@ def main(topology: str) -> None:
 
 
 @pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("tpu7x:2x2x1", marks=pytest.mark.slow)])
-def test_compiles_for_a_tpu_in_place(topology, record_property):
-    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so others may use libtpu too
-        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), topology]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def test_compiles_for_a_tpu_in_place(topology, compile_for_tpu, record_property):
+    rows = compile_for_tpu(__file__, topology)
     assert [row["tokens"] for row in rows] == [bucket.num_tokens for bucket in BUCKETS]
     for row in rows:
         record_property(f"{topology} {row['tokens']}", row)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxengine.pallas_kernels import ragged_paged_attention as op
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_gpu, mosaic_gpu_common, mosaic_gpu_decode
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_gpu_prefill as prefill
-from jaxengine.pallas_kernels.ragged_paged_attention.cases import BOUNDS, CASES, Case, make_inputs, oracle
+from jaxengine.pallas_kernels.ragged_paged_attention.cases import BOUNDS, CASES, Case, check, error, make_inputs, oracle
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 MESH = jax.sharding.AbstractMesh((), (), abstract_device=H100)
@@ -81,10 +81,6 @@ def run(case: Case, inputs, *, max_query_len: int | None = None):
     return np.asarray(out, np.float64)[: inputs.query_starts[-1]], *caches
 
 
-def error(got, want) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the interpreter needs; few multiprocessors."""
@@ -95,26 +91,17 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 
 
-def check(case: Case, **options) -> None:
-    inputs = make_inputs(case)
-    want, want_k, want_v = oracle(case, inputs)
-    got, got_k, got_v = run(case, inputs, **options)
-    assert error(got, want) < BOUNDS[case.dtype]
-    np.testing.assert_array_equal(got_k, want_k)
-    np.testing.assert_array_equal(got_v, want_v)
-
-
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[] if c.name in DEFAULT else [pytest.mark.slow]) for c in SUPPORTED],
     ids=lambda c: c.name,
 )
 def test_matches_the_oracle(case: Case):
-    check(case)
+    check(case, run)
 
 
 def test_a_step_of_decodes_alone():
-    check(BY_NAME["decodes"], max_query_len=1)
+    check(BY_NAME["decodes"], run, max_query_len=1)
 
 
 def test_a_mutation_of_the_mask_is_noticed(monkeypatch):

@@ -6,8 +6,6 @@ Run as a script, this file compiles cases ahead of time (see `main`): libtpu rea
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxengine.pallas_kernels import ragged_paged_attention as op
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_tpu, mosaic_tpu_kernel, mosaic_tpu_plan
-from jaxengine.pallas_kernels.ragged_paged_attention.cases import BOUNDS, CASES, Case, make_inputs, oracle
+from jaxengine.pallas_kernels.ragged_paged_attention.cases import BOUNDS, CASES, Case, check, error, make_inputs, oracle
 
 SUPPORTED = [case for case in CASES if "float16" not in (case.dtype, case.cache_dtype)]
 BY_NAME = {case.name: case for case in CASES}
@@ -138,19 +136,6 @@ def found_races() -> bool:
     return bool(getattr(getattr(interpret_pallas_call, "races", None), "races_found", False))
 
 
-def error(got, want) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def check(case: Case, **options) -> None:
-    inputs = make_inputs(case)
-    want, want_k, want_v = oracle(case, inputs)
-    got, got_k, got_v = run(case, inputs, **options)
-    assert error(got, want) < BOUNDS[case.dtype]
-    np.testing.assert_array_equal(got_k, want_k)
-    np.testing.assert_array_equal(got_v, want_v)
-
-
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[pytest.mark.slow] if c.name in SLOW else []) for c in SUPPORTED],
@@ -158,30 +143,30 @@ def check(case: Case, **options) -> None:
 )
 def test_matches_the_oracle(case: Case, monkeypatch):
     small_blocks(monkeypatch)
-    check(case)
+    check(case, run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SUPPORTED, ids=lambda c: c.name)
 def test_matches_the_oracle_in_blocks_of_the_heuristic(case: Case):
-    check(case)
+    check(case, run)
 
 
 def test_several_rows_of_page_ids():
-    check(dataclasses.replace(LONG, sliding_window=100))
+    check(dataclasses.replace(LONG, sliding_window=100), run)
 
 
 @pytest.mark.slow
 def test_several_rows_of_page_ids_from_the_first_on():
-    check(LONG)
+    check(LONG, run)
 
 
 def test_a_plan_made_once_serves_the_layers_of_one_array():
-    check(BY_NAME["mixed"], layers=2, planned=True)
+    check(BY_NAME["mixed"], run, layers=2, planned=True)
 
 
 def test_a_step_of_decodes_alone():
-    check(BY_NAME["decodes"], max_query_len=1)
+    check(BY_NAME["decodes"], run, max_query_len=1)
 
 
 def test_no_sequence_at_all():
@@ -378,19 +363,8 @@ def main(topology: str, names: list[str]) -> None:
         print(json.dumps(compile_case(case, topology, 2**14)), flush=True)
 
 
-def compile_for(topology: str, names, record_property) -> None:
-    libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so others may use libtpu too
-        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), topology, *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def compile_for(compile_for_tpu, topology: str, names, record_property) -> None:
+    lines = compile_for_tpu(__file__, topology, *names)
     assert [line["case"] for line in lines] == list(names)
     for line in lines:
         print(topology, line)
@@ -400,19 +374,19 @@ def compile_for(topology: str, names, record_property) -> None:
         assert line["temp_bytes"] < line["cache_bytes"] / 10
 
 
-def test_compiles_for_a_tpu_in_place(record_property):
-    compile_for("v6e:2x2", [*COMPILED, "llama3_8b"], record_property)
+def test_compiles_for_a_tpu_in_place(compile_for_tpu, record_property):
+    compile_for(compile_for_tpu, "v6e:2x2", [*COMPILED, "llama3_8b"], record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"])
-def test_compiles_for_other_tpus_in_place(topology, record_property):
-    compile_for(topology, [*COMPILED, "int8_cache", "bfloat16", "llama3_8b"], record_property)
+def test_compiles_for_other_tpus_in_place(compile_for_tpu, topology, record_property):
+    compile_for(compile_for_tpu, topology, [*COMPILED, "int8_cache", "bfloat16", "llama3_8b"], record_property)
 
 
 @pytest.mark.slow
-def test_every_case_compiles_for_a_tpu(record_property):
-    compile_for("v6e:2x2", [case.name for case in SUPPORTED], record_property)
+def test_every_case_compiles_for_a_tpu(compile_for_tpu, record_property):
+    compile_for(compile_for_tpu, "v6e:2x2", [case.name for case in SUPPORTED], record_property)
 
 
 if __name__ == "__main__":
