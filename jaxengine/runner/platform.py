@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,13 +23,15 @@ def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None
     """What a model computes in, and what its matrices and its cache are held in.
 
     "auto" is the checkpoint's dtype, with two exceptions: float32 checkpoints run in bfloat16 on accelerators, as in
-    vLLM, and CPUs compute in float32. XLA's bfloat16 matmuls on a CPU without native bfloat16 read weights at 1 GB/s
-    for one row, against 20 GB/s in float32, and are no faster for many (2 AVX2 cores, 2026-11-23). The cache keeps the
-    checkpoint's dtype there: half the memory to read, and faster than float32 (1.2 against 1.8 ms a layer, 32 x 192).
+    vLLM, and CPUs without products in bfloat16 compute in float32, as they do for float16. There XLA's bfloat16 matmuls
+    read weights at 1 GB/s for one row, against 20 GB/s in float32, and are no faster for many (2 AVX2 cores,
+    2026-11-23); with such products they are 2 to 4 times as fast (SmolLM2's matrices, 32 rows: 42 against 133 ms, 256
+    rows: 79 against 313; 2 cores with AMX, 2026-11-23). The cache keeps the checkpoint's dtype on every CPU: half the
+    memory to read, and faster than float32 (1.2 against 1.8 ms a layer, 32 x 192).
 
-    So do a 16-bit checkpoint's matrices where the layers run in a loop: it copies each layer's matrices anyway, and
-    converting them to float32 on the way loses nothing and halves what is read. SmolLM2's step of one token takes
-    28 ms instead of 36, the process 250 MB less. Unrolled layers read float32 in place, 1.5 times as fast as that.
+    So do a 16-bit checkpoint's matrices under float32 where the layers run in a loop: it copies each layer's matrices
+    anyway, and converting them to float32 on the way loses nothing and halves what is read. SmolLM2's step of one token
+    takes 28 ms instead of 36, the process 250 MB less. Unrolled layers read float32 in place, 1.5 times as fast.
 
     Args:
         dtype: As in `EngineArgs`.
@@ -48,7 +51,10 @@ def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None
     stored = checkpoint_dtype or "float32"
     is_cpu = jax.default_backend() == "cpu"
     if dtype == "auto":
-        chosen = "float32" if is_cpu else (ACCELERATOR_DTYPE if stored == "float32" else stored)
+        if is_cpu:
+            chosen = "bfloat16" if stored == "bfloat16" and cpu_has_bfloat16() else "float32"
+        else:
+            chosen = ACCELERATOR_DTYPE if stored == "float32" else stored
         cache = stored if is_cpu else chosen
     else:
         chosen = cache = names.get(dtype, dtype)
@@ -56,3 +62,13 @@ def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None
         cache = names.get(kv_cache_dtype, kv_cache_dtype)
     is_narrow = is_cpu and is_loop and chosen == "float32" and stored in ("bfloat16", "float16")
     return Dtypes(jnp.dtype(chosen).name, stored if is_narrow else jnp.dtype(chosen).name, jnp.dtype(cache).name)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 itself: AVX512-BF16 or AMX, as Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -113,7 +113,8 @@ def _kernel(refs, scratch, tile: Tile, num_kv_heads: int):
 
     @pl.when(wg < wgs)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        if wgs == 2:  # two warpgroups have 255 a thread from the start
+            plgpu.set_max_registers(232, action="increase")
         consumer = _Consumer(tile, wg, wgs, scratch, scales_ref, sinks_ref, items_ref, out_ref)
         consumer.hand_over_first_turn()
 
@@ -127,7 +128,8 @@ def _kernel(refs, scratch, tile: Tile, num_kv_heads: int):
 
     @pl.when(wg == wgs)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        if wgs == 2:
+            plgpu.set_max_registers(40, action="decrease")
         stages = num_stages(tile)
 
         def load_queries(n, item, head):

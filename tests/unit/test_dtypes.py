@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxengine.models.layers.linear import CONVERTED_BYTES, matmul
+from jaxengine.runner import platform
 from jaxengine.runner.platform import resolve_dtypes
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what CPUs do")
@@ -13,7 +14,8 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what CPUs do
 
 @on_cpu
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_cpus_hold_16_bit_matrices_as_they_are_where_layers_run_in_a_loop(dtype):
+def test_cpus_hold_16_bit_matrices_as_they_are_where_layers_run_in_a_loop(dtype, monkeypatch):
+    monkeypatch.setattr(platform, "cpu_has_bfloat16", lambda: False)
     for stored in ("bfloat16", "float16"):
         assert resolve_dtypes(dtype, "auto", stored, is_loop=True)[:2] == ("float32", stored)
         assert resolve_dtypes(dtype, "auto", stored, is_loop=False)[:2] == ("float32", "float32")
@@ -22,6 +24,25 @@ def test_cpus_hold_16_bit_matrices_as_they_are_where_layers_run_in_a_loop(dtype)
 
 def test_other_dtypes_are_those_of_the_matrices_too():
     assert resolve_dtypes("bfloat16", "auto", "float16", is_loop=True) == ("bfloat16",) * 3
+
+
+@on_cpu
+def test_cpus_that_multiply_bfloat16_run_bfloat16_checkpoints_in_it(monkeypatch):
+    monkeypatch.setattr(platform, "cpu_has_bfloat16", lambda: True)
+    assert resolve_dtypes("auto", "auto", "bfloat16", is_loop=True) == ("bfloat16",) * 3
+    assert resolve_dtypes("auto", "auto", "float16", is_loop=True)[:2] == ("float32", "float16")
+    assert resolve_dtypes("float32", "auto", "bfloat16", is_loop=True)[:2] == ("float32", "bfloat16")
+
+
+@on_cpu
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64)])
+def test_one_row_of_bfloat16_is_multiplied_as_two(shape):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in (shape, (24, 64)))
+    product = jax.jit(lambda x, w: matmul(x, w, jnp.float32))(x, weight)
+    assert product.shape == (*shape[:-1], 24)
+    np.testing.assert_allclose(product, np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T, rtol=1e-3)
+    assert "[2,24]" in jax.jit(matmul).lower(x, weight).compile().as_text()
 
 
 @pytest.mark.parametrize("num_extra", [-5, 0, 7])
