@@ -173,7 +173,7 @@ def time_op(case: BenchCase, implementation: str, *, inner: int, repeats: int, q
             sliding_window=case.sliding_window,
         )
     )
-    meta = plan(meta, jax.tree.map(lambda c: c[:1], cache)) if implementation != "reference" else meta
+    meta = plan(meta, cache) if implementation != "reference" else meta
     return seconds(repeat(step, inner), (q, cache), k, v, meta, inner=inner, repeats=repeats, queued=queued)
 
 
