@@ -141,7 +141,8 @@ def mask(tile: Tile, logits, q_pos, first_key):
 
 def query_operand(tile: Tile, raw, operand):
     """A tile's queries [64, H] as the left side of a product: registers, or `operand` in shared memory."""
-    q = plgpu.layout_cast(raw[...], plgpu.Layout.WGMMA)
+    # Of wide heads, the search for a layout without bank conflicts fails for some groups, after minutes (jax 0.11.2).
+    q = plgpu.load(raw, layout=plgpu.Layout.WGMMA, optimized=tile.head_dim <= 128)
     if tile.compute_dtype != tile.dtype:
         q = q.astype(F32).astype(tile.compute_dtype)
     if operand is None:
