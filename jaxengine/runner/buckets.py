@@ -6,10 +6,11 @@ FEW_SEQS = 8
 
 
 class Bucket(NamedTuple):
-    """One step's shape: T tokens of S sequences."""
+    """One step's shape: T tokens of S sequences; with `decode_only`, one token of each."""
 
     num_tokens: int
     num_seqs: int
+    decode_only: bool = False
 
 
 def token_sizes(max_tokens: int, *, coarse: bool) -> list[int]:
@@ -32,14 +33,21 @@ def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> lis
 
     logits are computed for every sequence of the shape, and a long prompt on its own should not pay for the others.
     Of `coarse` sizes, only every second one takes few: 56 rows of logits cost a CPU as much as 20 tokens.
+
+    Steps of decodes alone have shapes of their own unless `coarse`: they need no kernel for prompts, and steps with a
+    prompt need no shapes below 16 tokens, nor between 16 and 64.
     """
+    sizes = token_sizes(max_tokens, coarse=coarse)
     buckets = set()
-    for size in token_sizes(max_tokens, coarse=coarse):
+    if not coarse:
+        buckets = {Bucket(size, size, True) for size in token_sizes(min(max_tokens, max_seqs), coarse=False)}
+        sizes = [size for size in sizes if size in (16, 64, max_tokens) or size > 64]
+    for size in sizes:
         buckets.add(Bucket(size, min(size, max_seqs)))
         has_few = not coarse or size == max_tokens or size & (size - 1) == 0
         if size > 64 and max_seqs > FEW_SEQS and has_few:
             buckets.add(Bucket(size, FEW_SEQS))
-    return sorted(buckets)
+    return sorted(buckets, key=lambda bucket: (bucket.num_tokens, not bucket.decode_only, bucket.num_seqs))
 
 
 def sampler_buckets(buckets: list[Bucket], *, coarse: bool = False) -> list[Bucket]:
@@ -51,13 +59,17 @@ def sampler_buckets(buckets: list[Bucket], *, coarse: bool = False) -> list[Buck
     return [bucket for bucket in buckets if bucket.num_tokens in kept]
 
 
-def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int) -> list[Bucket]:
+def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int, *, decode_only: bool = False) -> list[Bucket]:
     """The buckets that hold a step, cheapest first.
 
     Raises:
         ValueError: None does: the scheduler's limits and the buckets disagree.
     """
-    found = [bucket for bucket in buckets if bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs]
+    found = [
+        bucket
+        for bucket in buckets
+        if bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs and (decode_only or not bucket.decode_only)
+    ]
     if not found:
         raise ValueError(f"no bucket holds {num_tokens} tokens of {num_seqs} sequences; the largest is {buckets[-1]}")
     return found
@@ -65,8 +77,10 @@ def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int) -> list[Bucke
 
 def warmup_order(buckets: list[Bucket]) -> list[Bucket]:
     """Most needed first: with one small bucket and the decode of one request everything can run, if slowly."""
-    full = [b for b in buckets if b.num_seqs == max(x.num_seqs for x in buckets if x.num_tokens == b.num_tokens)]
+    decodes = [b for b in buckets if b.decode_only]
+    any_step = [b for b in buckets if not b.decode_only]
+    full = [b for b in any_step if b.num_seqs == max(x.num_seqs for x in any_step if x.num_tokens == b.num_tokens)]
     first = [b for b in full if b.num_tokens == 16] or full[-1:]
-    then = [b for b in full if b.num_tokens == 1] + [b for b in full if b.num_tokens == 128] + full[-1:]
-    order = first + then + full + buckets
+    one = [b for b in decodes + full if b.num_tokens == 1]
+    order = first + one + [b for b in full if b.num_tokens == 128] + full[-1:] + decodes + full + buckets
     return list(dict.fromkeys(order))

@@ -49,7 +49,7 @@ class PackedLayout:
     """Where each field of a step lies in the buffer, for one bucket."""
 
     def __init__(self, bucket: Bucket, table_width: int, attention_backend: str = "reference"):
-        num_tokens, num_seqs = bucket
+        num_tokens, num_seqs = bucket.num_tokens, bucket.num_seqs
         self.bucket = bucket
         self.attention_backend = attention_backend
         self.shapes: dict[str, tuple[int, ...]] = {
@@ -92,6 +92,7 @@ class PackedLayout:
             fields["num_seqs"],
             fields["num_decodes"],
             implementation=self.attention_backend,
+            max_query_len=1 if self.bucket.decode_only else None,
         )
         rows = SamplingRows(**{name: fields[name] for name in INT_FIELDS + FLOAT_FIELDS})
         return StepInputs(fields["token_ids"], fields["positions"], fields["targets"], fields["last_rows"], meta, rows)

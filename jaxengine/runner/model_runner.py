@@ -202,16 +202,20 @@ class ModelRunner:
         ready = [
             bucket.num_tokens
             for bucket in self.buckets[full]
-            if bucket.num_seqs == min(bucket.num_tokens, most) and self._is_ready(bucket, full)
+            if bucket.num_seqs == min(bucket.num_tokens, most)
+            and not bucket.decode_only
+            and self._is_ready(bucket, full)
         ]
         return max(ready, default=warmup_order(self.buckets[full])[0].num_tokens)
 
     def _is_ready(self, bucket: Bucket, full: bool) -> bool:
         return self._compiler.is_ready(StepKey(bucket, full, self._processors))
 
-    def _pick(self, num_tokens: int, num_seqs: int, full: bool) -> Bucket:
+    def _pick(self, batch: ScheduledBatch, full: bool) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
-        candidates = fitting(self.buckets[full], num_tokens, num_seqs)
+        num_seqs = len(batch.sequences)
+        decode_only = batch.num_decodes == num_seqs
+        candidates = fitting(self.buckets[full], batch.num_tokens, num_seqs, decode_only=decode_only)
         if self.config.warmup == "none":
             return candidates[0]
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
@@ -230,7 +234,7 @@ class ModelRunner:
             if sequence.new_in_slot:
                 self._take_slot(sequence)
         full = any(needs_full_sampler(s.request.sampling_params) for s in batch.sequences)
-        bucket = self._pick(batch.num_tokens, len(batch.sequences), full)
+        bucket = self._pick(batch, full)
         step = self._compiler.get(StepKey(bucket, full, self._processors))
         order = order_rows(batch)
         packed = pack(batch, order, PackedLayout(bucket, self.table_width, self.config.attention_backend), self._slots)

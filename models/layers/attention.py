@@ -13,6 +13,7 @@ from jaxengine.models.layers.linear import Linear
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.models.layers.rope import RopeTable, apply_rope
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, ragged_paged_attention
+from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
 
 
@@ -67,20 +68,36 @@ class Attention(nnx.Module):
         Returns:
             `[T, D]` and the cache with the new keys and values.
         """
-        num_tokens = x.shape[0]
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv = self.qkv_proj(x)  # [T, (N + 2K) H]
+        if rope is not None and self.qk_norm != "projection" and has_kernel(qkv, rope[0], cache, meta):
+            k = v = None
+            q, cache = rope_and_write(qkv, *rope, cache, meta, **self._head_norm())
+        else:
+            q, k, v = self._heads(qkv, rope)
+        out, cache = ragged_paged_attention(
+            q, k, v, cache, meta, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
+        )  # [T, N, H]
+        return self.o_proj(out.reshape(x.shape[0], self.num_heads * self.head_dim)), cache
+
+    def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
+        num_tokens = qkv.shape[0]
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv[:, :q_size], qkv[:, q_size : q_size + kv_size], qkv[:, q_size + kv_size :]
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.reshape(num_tokens, self.num_heads, self.head_dim)  # [T, N, H]
-        k = k.reshape(num_tokens, self.num_kv_heads, self.head_dim)  # [T, K, H]
-        v = v.reshape(num_tokens, self.num_kv_heads, self.head_dim)  # [T, K, H]
+        q = q.reshape(num_tokens, self.num_heads, self.head_dim)
+        k = k.reshape(num_tokens, self.num_kv_heads, self.head_dim)
+        v = v.reshape(num_tokens, self.num_kv_heads, self.head_dim)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out, cache = ragged_paged_attention(
-            q, k, v, cache, meta, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
-        )  # [T, N, H]
-        return self.o_proj(out.reshape(num_tokens, q_size)), cache
+        return q, k, v
+
+    def _head_norm(self) -> dict[str, Any]:
+        """The norm over heads of queries and keys, as `rope_and_write` wants it."""
+        if self.qk_norm is None:
+            return {}
+        weights = self.q_norm.weight[...], self.k_norm.weight[...]
+        return {"norm_weights": weights, "norm_offset": self.q_norm.offset, "norm_eps": self.q_norm.eps}

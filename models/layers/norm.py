@@ -37,12 +37,12 @@ class RMSNorm(nnx.Module):
         """
         self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init="zeros" if unit_offset else "ones")
         self.eps = eps
-        self.unit_offset = unit_offset
+        self.offset = 1.0 if unit_offset else 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., dim] -> [..., dim]
         """Applies the norm."""
         wide = x.astype(jnp.float32)
-        scale = self.weight[...].astype(jnp.float32) + (1.0 if self.unit_offset else 0.0)
+        scale = self.weight[...].astype(jnp.float32) + self.offset
         normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (normed * scale).astype(x.dtype)
 

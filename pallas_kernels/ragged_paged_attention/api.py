@@ -127,8 +127,8 @@ def make_cache(spec: AttentionSpec, num_pages: int, implementation: str = "refer
 
 def ragged_paged_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     cache: KVCache,
     meta: AttentionMetadata,
     *,
@@ -143,8 +143,8 @@ def ragged_paged_attention(
 
     Args:
       q: [T, N, H] queries of all sequences, one after the other (see `meta.query_starts`).
-      k: [T, K, H] new keys; N is a multiple of K.
-      v: [T, K, H] new values.
+      k: [T, K, H] new keys; N is a multiple of K. None if they are in the cache already (`rope_and_write`).
+      v: [T, K, H] new values, or None.
       cache: pages of this layer, from `make_cache`; donate them for an update in place.
       meta: lengths and pages, and which implementation runs.
       scale: factor on q.k, usually H**-0.5.
@@ -206,9 +206,11 @@ def shift_pages(meta: AttentionMetadata, offset: jax.Array) -> AttentionMetadata
 
 
 def _check(q, k, v, meta: AttentionMetadata) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
+    if (k is None) != (v is None) or (k is None and meta.implementation != "mosaic_gpu"):
+        raise ValueError(f"k and v may be None together and for mosaic_gpu only, not for {meta.implementation}")
+    if k is not None and (q.ndim != 3 or k.ndim != 3 or k.shape != v.shape):
         raise ValueError(f"expected q[T,N,H], k[T,K,H] and v like k, got {q.shape}, {k.shape}, {v.shape}")
-    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+    if k is not None and (q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]):
         raise ValueError(f"q{q.shape} does not fit k{k.shape}: same T and H, and N a multiple of K")
     num_slots = meta.kv_lens.shape[0]
     if meta.query_starts.shape != (num_slots + 1,) or meta.page_table.shape[0] != num_slots:

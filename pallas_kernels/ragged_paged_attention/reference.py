@@ -53,7 +53,7 @@ class Plan:
       page, offset: i32[T], where each new token is written; page P (out of range) for padding.
       lens: i32[S+], lengths of the decodes, 0 for other slots; padded to whole groups.
       table: i32[S+, P+], the page table, padded to whole groups and blocks.
-      decode_items, prefill_items: the work; no prefill items where T is 1.
+      decode_items, prefill_items: the work; no prefill items where all are decodes.
       row_end, shift: i32[S+], end of each sequence's rows, and its length minus that: a row's position is row + shift.
     """
 
@@ -100,7 +100,7 @@ def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: i
         shift=jnp.pad(meta.kv_lens, (0, slots_pad)) - row_end,
         decode_items=_decode_items(lens, group, decode_pages * page_size, width * page_size, sliding_window),
         prefill_items=None
-        if num_tokens == 1
+        if num_tokens == 1 or meta.max_query_len == 1
         else _prefill_items(meta, num_tokens, prefill_pages * page_size, width * page_size, sliding_window),
         sliding_window=sliding_window,
     )

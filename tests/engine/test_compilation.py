@@ -20,6 +20,11 @@ def test_buckets_carry_bounded_padding():
                     found = fitting(buckets, num_tokens, num_seqs)[0]
                     assert found.num_tokens >= num_tokens
                     assert found.num_seqs >= num_seqs
+                    assert not found.decode_only
+                if not coarse and num_tokens <= 32:
+                    found = fitting(buckets, num_tokens, num_tokens, decode_only=True)[0]
+                    assert found.decode_only
+                    assert num_tokens <= found.num_tokens == found.num_seqs <= 2 * num_tokens
 
 
 def test_no_compilation_after_warm_up(tiny):

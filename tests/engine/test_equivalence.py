@@ -5,6 +5,7 @@ import random
 import pytest
 
 from jaxengine import LLM, SamplingParams
+from jaxengine.runner import model_runner
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 24
@@ -74,6 +75,15 @@ def test_a_batch_of_64_equals_each_alone(tiny, tiny_reference, options):
         elif options.get("enable_prefix_caching", True):
             assert metric(llm, "jaxengine:prefix_cache_hits") > 0
         assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
+
+
+def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
+    prompts, want = tiny_reference
+    make_buckets = model_runner.make_buckets
+    monkeypatch.setattr(model_runner, "make_buckets", lambda *args, coarse: make_buckets(*args, coarse=False))
+    with LLM(str(tiny), **(BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16})) as llm:
+        assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.buckets[False])
+        assert greedy(llm, prompts) == want
 
 
 def test_the_real_model_alone_in_a_batch_cached_and_chunked(smollm2):

@@ -23,7 +23,7 @@ from jaxengine.runner.steps import FlatModel, make_step
 from jaxengine.sampling.state import make_sampling_state
 
 CONFIG = Path(workloads.__file__).parent / "configs" / "llama-3.2-1b.json"
-BUCKETS = (Bucket(16, 16), Bucket(256, 16))  # decodes; and with chunks of prompts
+BUCKETS = (Bucket(16, 16, decode_only=True), Bucket(256, 16))  # decodes; and with chunks of prompts
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 4096, 128
 
 

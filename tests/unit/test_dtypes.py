@@ -42,7 +42,7 @@ def test_one_row_of_bfloat16_is_multiplied_as_two(shape):
     product = jax.jit(lambda x, w: matmul(x, w, jnp.float32))(x, weight)
     assert product.shape == (*shape[:-1], 24)
     np.testing.assert_allclose(product, np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T, rtol=1e-3)
-    assert "[2,24]" in jax.jit(matmul).lower(x, weight).compile().as_text()
+    assert "[2,24]" in (jax.jit(matmul).lower(x, weight).compile().as_text() or "")
 
 
 @pytest.mark.parametrize("num_extra", [-5, 0, 7])

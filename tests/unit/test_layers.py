@@ -35,6 +35,7 @@ ALLOWED = {
     "llm": ENGINE,
     "bench": {"llm", *ENGINE},
     "cli": {"llm", "bench", *ENGINE},
+    "__main__": {"cli"},
 }
 # The record that the parts of the engine pass around: importing it is importing no layer.
 SHARED_RECORDS = {"jaxengine.engine.request"}

@@ -1,0 +1,63 @@
+"""The public op: norms and rotates queries and keys, and writes keys and values into the paged cache."""
+
+import jax
+
+from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
+
+KVCache = tuple[jax.Array, ...]
+
+
+def has_kernel(qkv: jax.Array, cos: jax.Array, cache: KVCache, meta: AttentionMetadata) -> bool:
+    """Whether `rope_and_write` runs for these: on a GPU, with 16-bit caches of unpadded heads that rotate whole.
+
+    Elsewhere `ragged_paged_attention` writes keys and values itself, and XLA fuses the rest.
+    """
+    head_dim = cache[0].shape[-1]
+    return (
+        meta.implementation == "mosaic_gpu"
+        and meta.plan is not None
+        and cache[0].dtype == qkv.dtype
+        and 2 * cos.shape[1] == head_dim
+        and head_dim in (64, 128, 256)
+    )
+
+
+def rope_and_write(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    *,
+    norm_weights: tuple[jax.Array, jax.Array] | None = None,
+    norm_offset: float = 0.0,
+    norm_eps: float = 0.0,
+) -> tuple[jax.Array, KVCache]:
+    """Splits, norms and rotates; stores keys and values in their pages. Only where `has_kernel` says so.
+
+    Args:
+      qkv: [T, (N + 2K) * H], the heads of queries, keys and values one after the other.
+      cos: f32[T, H / 2], of each row's position; likewise `sin`. Dimension i turns with dimension i + H / 2.
+      cache: pages of this layer; donate them for an update in place.
+      meta: with a plan (`plan_attention`), which says where each row is written.
+      norm_weights: [H] each, of a root mean square norm over each head of queries and of keys, before the rotation.
+      norm_offset: added to the weights.
+      norm_eps: added to the mean square.
+
+    Returns:
+      q: [T, N, H], for `ragged_paged_attention(q, None, None, cache, ...)`.
+      cache: with the new keys and values.
+    """
+    from jaxengine.pallas_kernels.rope_and_write import mosaic_gpu
+
+    return mosaic_gpu.rope_and_write(
+        qkv,
+        cos,
+        sin,
+        cache,
+        meta.plan.page,
+        meta.plan.offset,
+        norm_weights=norm_weights,
+        norm_offset=norm_offset,
+        norm_eps=norm_eps,
+    )
