@@ -14,13 +14,14 @@ I32, F32 = jnp.int32, jnp.float32
 TILE = 64  # rows of a wgmma's layout; fewer may be in use
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 FEW_TOKENS = 1024  # up to so many, many small thread blocks finish sooner than few large ones
+FEWEST_TOKENS = 32
 
 
 def rows_and_heads(num_tokens: int, num_heads: int) -> tuple[int, int]:
     """Rows and heads of a thread block; the rows divide T, so that no two blocks share any."""
-    few = num_tokens <= FEW_TOKENS
-    rows = next(r for r in (() if few else (TILE,)) + (16, 8, 4, 2, 1) if num_tokens % r == 0)
-    return rows, 1 if few else next(h for h in (8, 6, 5, 4, 3, 2, 1) if num_heads % h == 0)
+    most = 4 if num_tokens <= FEWEST_TOKENS else 16 if num_tokens <= FEW_TOKENS else TILE
+    rows = next(r for r in (TILE, 16, 8, 4, 2, 1) if r <= most and num_tokens % r == 0)
+    return rows, next(h for h in (8, 6, 5, 4, 3, 2, 1) if num_heads % h == 0) if most == TILE else 1
 
 
 def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_offset: float, norm_eps: float):
@@ -37,53 +38,61 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
     rows, heads = rows_and_heads(num_tokens, all_heads)
     refs = tuple(jax.new_ref(pages) for pages in cache)
 
-    def rope_and_write(qkv_ref, cos_ref, sin_ref, page_ref, offset_ref, *rest, raw, out, turns, loaded, turns_loaded):
+    def rope_and_write(qkv_ref, cos_ref, sin_ref, page_ref, offset_ref, *rest, halves, out, values, turns, **barriers):
         *weight_refs, k_pages_ref, v_pages_ref, q_ref = rest
         first = lax.axis_index("tokens") * rows
-        own = pl.ds(0, rows)
-        for i, ref in enumerate((cos_ref, sin_ref)):
-            plgpu.copy_gmem_to_smem(ref.at[pl.ds(first, rows)], turns.at[i, own], turns_loaded)
-        plgpu.barrier_wait(turns_loaded)
-        cosine, sine = (_load(turns.at[i]) for i in (0, 1))
+        own, columns = pl.ds(0, rows), [pl.ds(j * half, half) for j in (0, 1)]
+        for ref, turn in zip((cos_ref, sin_ref), turns, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[pl.ds(first, rows)], turn.at[own], barriers["turns_full"])
+        plgpu.barrier_wait(barriers["turns_full"])
+        cosine, sine = (_load(turn) for turn in turns)
 
-        def store_row(i: int, source, pages_ref, kv_head):
+        def store_row(i: int, sources, parts, pages_ref, kv_head):
             target, slot = page_ref[first + i], offset_ref[first + i]
 
             @pl.when((target >= 0) & (target < num_pages))
             def _():
-                plgpu.copy_smem_to_gmem(source.at[pl.ds(i, 1)], pages_ref.at[target, kv_head, pl.ds(slot, 1)])
+                for source, part in zip(sources, parts, strict=True):
+                    plgpu.copy_smem_to_gmem(source.at[pl.ds(i, 1)], pages_ref.at[target, kv_head, pl.ds(slot, 1), part])
 
         def store_rows(*args):
             for i in range(rows):
                 store_row(i, *args)
 
-        def one_head(i, _):
-            head = lax.axis_index("heads") * heads + i
-            plgpu.wait_smem_to_gmem(0)  # of the head before
-            plgpu.copy_gmem_to_smem(qkv_ref.at[pl.ds(first, rows), head], raw.at[own], loaded)
-            plgpu.barrier_wait(loaded)
+        def move_values(head):
+            plgpu.copy_gmem_to_smem(qkv_ref.at[pl.ds(first, rows), head], values.at[own], barriers["values_full"])
+            plgpu.barrier_wait(barriers["values_full"])
+            store_rows((values,), (pl.ds(0, head_dim),), v_pages_ref, head - num_heads - num_kv_heads)
 
-            @pl.when(head < num_heads + num_kv_heads)
-            def _():
-                x, y = (_load(raw.at[:, pl.ds(j * half, half)]).astype(F32) for j in (0, 1))
-                if weight_refs:
-                    weights = _weights(weight_refs, (head >= num_heads).astype(F32), x.shape, norm_offset)
-                    x, y = _norm(x, y, weights, norm_eps, qkv.dtype)
-                out[:, pl.ds(0, half)] = (x * cosine - y * sine).astype(qkv.dtype)
-                out[:, pl.ds(half, half)] = (y * cosine + x * sine).astype(qkv.dtype)
-                plgpu.commit_smem()
+        def rotate(head):
+            for ref, part in zip(halves, columns, strict=True):
+                plgpu.copy_gmem_to_smem(
+                    qkv_ref.at[pl.ds(first, rows), head, part], ref.at[own], barriers["halves_full"]
+                )
+            plgpu.barrier_wait(barriers["halves_full"])
+            x, y = (_load(ref).astype(F32) for ref in halves)
+            if weight_refs:
+                weights = _weights(weight_refs, (head >= num_heads).astype(F32), x.shape, norm_offset)
+                x, y = _norm(x, y, weights, norm_eps, qkv.dtype)
+            out[0][...] = (x * cosine - y * sine).astype(qkv.dtype)
+            out[1][...] = (y * cosine + x * sine).astype(qkv.dtype)
+            plgpu.commit_smem()
 
             @pl.when(head < num_heads)
             def _():
-                plgpu.copy_smem_to_gmem(out.at[own], q_ref.at[pl.ds(first, rows), head])
+                for ref, part in zip(out, columns, strict=True):
+                    plgpu.copy_smem_to_gmem(ref.at[own], q_ref.at[pl.ds(first, rows), head, part])
 
-            @pl.when((head >= num_heads) & (head < num_heads + num_kv_heads))
+            @pl.when(head >= num_heads)
             def _():
-                store_rows(out, k_pages_ref, head - num_heads)
+                store_rows(out, columns, k_pages_ref, head - num_heads)
 
-            @pl.when(head >= num_heads + num_kv_heads)
-            def _():
-                store_rows(raw, v_pages_ref, head - num_heads - num_kv_heads)
+        def one_head(i, _):
+            head = lax.axis_index("heads") * heads + i
+            is_value = head >= num_heads + num_kv_heads
+            plgpu.wait_smem_to_gmem(0)  # of the head before
+            pl.when(is_value)(lambda: move_values(head))
+            pl.when(jnp.logical_not(is_value))(lambda: rotate(head))
 
         lax.fori_loop(I32(0), I32(heads), one_head, None)
         plgpu.wait_smem_to_gmem(0)
@@ -94,11 +103,14 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
         grid=(num_tokens // rows, all_heads // heads),
         grid_names=("tokens", "heads"),
         scratch_types={
-            "raw": plgpu.SMEM((TILE, head_dim), qkv.dtype),
-            "out": plgpu.SMEM((TILE, head_dim), qkv.dtype),
-            "turns": plgpu.SMEM((2, TILE, half), F32),
-            "loaded": plgpu.Barrier(),
-            "turns_loaded": plgpu.Barrier(num_arrivals=2),
+            # Of their own: columns 64 to 128 of one reference come out swizzled wrongly (jax 0.11.2, on the card).
+            "halves": [plgpu.SMEM((TILE, half), qkv.dtype)] * 2,
+            "out": [plgpu.SMEM((TILE, half), qkv.dtype)] * 2,
+            "values": plgpu.SMEM((TILE, head_dim), qkv.dtype),
+            "turns": [plgpu.SMEM((TILE, half), F32)] * 2,
+            "halves_full": plgpu.Barrier(num_arrivals=2),
+            "values_full": plgpu.Barrier(),
+            "turns_full": plgpu.Barrier(num_arrivals=2),
         },
     )(qkv.reshape(num_tokens, all_heads, head_dim), cos, sin, page, offset, *(norm_weights or ()), *refs)
     return q, tuple(jax.freeze(ref) for ref in refs)
