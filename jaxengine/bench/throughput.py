@@ -12,6 +12,7 @@ from jaxengine.bench.workloads import Workload
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from jaxengine.engine.core import EngineCore
     from jaxengine.llm import LLM
 
 
@@ -101,11 +102,13 @@ def measure(llm: LLM, workload: Workload, *, repeat: int = 1) -> ThroughputResul
 def _run(llm: LLM, workload: Workload) -> ThroughputResult:
     engine = llm.llm_engine
     engine.reset_prefix_cache()
-    steps = _StepClock(llm)
+    steps = StepClock(engine.core)
     before = _counters(llm)
     started = time.perf_counter()
     for prompt, output_len in workload.requests:
-        engine.add_request(engine.next_request_id(), prompt, _params(output_len, engine.tokenizer is not None))
+        engine.add_request(
+            engine.next_request_id(), prompt, request_params(output_len, detokenize=engine.tokenizer is not None)
+        )
     latencies, num_output = [], 0
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -133,7 +136,8 @@ def _run(llm: LLM, workload: Workload) -> ThroughputResult:
     )
 
 
-def _params(output_len: int, detokenize: bool) -> SamplingParams:
+def request_params(output_len: int, *, detokenize: bool) -> SamplingParams:
+    """Greedy, and not stopping at EOS."""
     return SamplingParams(
         temperature=0.0,
         max_tokens=output_len,
@@ -149,16 +153,25 @@ def _counters(llm: LLM) -> dict[str, float]:
     return found | {"compilations": metrics["jaxengine_compilations_total"]}
 
 
-class _StepClock:
+class StepClock:
     """Times the steps that only decode.
 
     A call of `step()` takes in one step and dispatches the next, which runs meanwhile: the time from call to call is a
     step's time once both are decodes. The counter of prompt tokens grows with every dispatch of a step that has some.
+
+    Attributes:
+        decode_ms: Milliseconds of each such step.
     """
 
-    def __init__(self, llm: LLM):
+    def __init__(self, core: EngineCore, num_seqs: int | None = None):
+        """Starts the clock.
+
+        Args:
+            core: The loop that is timed.
+            num_seqs: Count only steps after which so many sequences run on.
+        """
         self.decode_ms: list[float] = []
-        self._stats = llm.llm_engine.core.stats
+        self._scheduler, self._stats, self._num_seqs = core.scheduler, core.stats, num_seqs
         self._num_prompt_tokens = [self._stats.num_prompt_tokens] * 2
         self._calls = 0
         self._last = time.perf_counter()
@@ -167,7 +180,8 @@ class _StepClock:
         """To be called after every `step()`."""
         now, count = time.perf_counter(), self._stats.num_prompt_tokens
         self._calls += 1
-        if self._calls > 2 and count == self._num_prompt_tokens[0]:
+        is_decode = self._calls > 2 and count == self._num_prompt_tokens[0]
+        if is_decode and self._num_seqs in (None, self._scheduler.num_running):
             self.decode_ms.append((now - self._last) * 1000)
         self._num_prompt_tokens = [self._num_prompt_tokens[1], count]
         self._last = now

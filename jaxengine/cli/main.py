@@ -15,7 +15,7 @@ from jaxengine import __version__
 COMMANDS = {
     "generate": "continue prompts, streaming the text as it is generated",
     "chat": "talk with a model",
-    "bench": "measure throughput and start-up time",
+    "bench": "measure throughput, decode steps and start-up time",
 }
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT."""

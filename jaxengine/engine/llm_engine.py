@@ -239,9 +239,11 @@ class LLMEngine:
         if self._closed:
             return
         self._closed = True
-        self.abort_request(self.unfinished_request_ids)
-        self.core.drain()
-        self.core.runner.close()
+        try:
+            self.abort_request(self.unfinished_request_ids)
+            self.core.drain()
+        finally:  # a step that has failed must not keep the device's memory and the threads
+            self.core.runner.close()
 
 
 def load_tokenizer(name: str) -> Any:

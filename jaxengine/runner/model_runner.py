@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -185,6 +186,21 @@ class ModelRunner:
         """
         keys = self._warmup_keys()
         self._compiler.add(keys)
+        self._compiler.wait(keys)
+
+    def compile_ahead(self, shapes: Iterable[tuple[int, int]]) -> list[StepKey]:
+        """Queues the greedy steps that hold these numbers of tokens and sequences, and returns their keys."""
+        buckets = dict.fromkeys(fitting(self.buckets[False], *shape)[0] for shape in shapes)
+        keys = [StepKey(bucket, False, self._processors) for bucket in buckets]
+        self._compiler.add(keys)
+        return keys
+
+    def wait_until_compiled(self, keys: Iterable[StepKey]) -> None:
+        """Waits for steps that were queued.
+
+        Raises:
+            Exception: The first error of a compilation.
+        """
         self._compiler.wait(keys)
 
     def wait_until_ready(self) -> None:

@@ -85,7 +85,7 @@ def test_help_answers_at_once_and_imports_little(argv):
     assert ("generate" in done.stdout) if argv == ["--help"] else (done.stdout == f"jaxengine {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "bench throughput", "bench startup"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench throughput", "bench latency", "bench startup"])
 def test_help_of_commands(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])

@@ -1,0 +1,70 @@
+"""Which step shapes a workload needs, found out by running it without a device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxengine.bench.latency import DecodeWindow, run_steps
+from jaxengine.bench.throughput import request_params
+from jaxengine.bench.workloads import Workload
+from jaxengine.engine.core import EngineCore
+from jaxengine.kv_cache.manager import KVCacheManager
+from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+
+if TYPE_CHECKING:
+    from jaxengine.llm import LLM
+
+
+def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None) -> set[tuple[int, int]]:
+    """Numbers of tokens and sequences of all steps that the engine will run for a workload.
+
+    The engine's own loop and scheduler plan them, with as many pages as the engine has; lengths alone decide, because
+    nothing stops early.
+
+    Args:
+        llm: The engine.
+        workload: The requests.
+        window: Where the run ends before all have finished.
+
+    Raises:
+        ValueError: A request does not fit in the engine, or the run ends before the window does.
+    """
+    engine = llm.llm_engine
+    config, runner = engine.config, _Recorder()
+    cache = KVCacheManager(engine.kv_cache.num_pages, config.block_size, config.enable_prefix_caching)
+    core = EngineCore(Scheduler(config.scheduler, cache), runner)  # pyright: ignore[reportArgumentType]
+    for index, (prompt, output_len) in enumerate(workload.requests):
+        params = request_params(output_len, detokenize=False)
+        for request in engine.input_processor.process_one(str(index), prompt, params).children:
+            core.add_request(request)
+    clock = run_steps(core, core, window)
+    if window is not None and len(clock.decode_ms) < window.num_steps:
+        raise ValueError(
+            f"{workload.name}: {window.num_seqs} requests never decode {window.num_steps} tokens together with "
+            f"max_model_len={config.scheduler.max_model_len}, max_num_seqs={config.scheduler.max_num_seqs}, "
+            f"max_num_batched_tokens={config.scheduler.max_num_batched_tokens} and a KV cache of "
+            f"{cache.num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or output_len, or "
+            "raise what is too small"
+        )
+    return runner.shapes
+
+
+class _Recorder:
+    """Stands in for the runner: notes what steps would run, and "samples" token 0."""
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[int, int]] = set()
+
+    def max_ready_tokens(self, full: bool) -> None:
+        return None
+
+    def execute(self, batch: ScheduledBatch) -> _Zeros:
+        self.shapes.add((batch.num_tokens, len(batch.sequences)))
+        return _Zeros([[0] if sequence.samples else [] for sequence in batch.sequences])
+
+
+class _Zeros(NamedTuple):
+    tokens: list[list[int]]
+
+    def result(self) -> tuple[list[list[int]], Any, Any]:
+        return self.tokens, None, None

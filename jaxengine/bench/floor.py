@@ -1,0 +1,73 @@
+"""The least time that a decode step can take: what it must read, at the speed at which the device copies."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxengine.config import EngineConfig
+
+COPY_BYTES = 2**30
+COPIES = 10
+RUNS = 5
+
+
+def copy_bandwidth() -> float | None:
+    """Bytes per second, read and written, of large copies within the device's memory; None on CPU.
+
+    CPUs are left out: their caches, and whoever else uses the machine, decide what a copy takes there.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        return None
+    copy = jax.jit(jnp.copy)
+    source = jnp.ones(COPY_BYTES // 4, jnp.float32)
+    copy(source).block_until_ready()
+    seconds = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        for _ in range(COPIES):
+            target = copy(source)
+        target.block_until_ready()  # copies run one after the other
+        seconds.append(time.perf_counter() - started)
+    source.delete()
+    return 2 * COPY_BYTES * COPIES / statistics.median(seconds)
+
+
+def decode_bytes(config: EngineConfig, batch_size: int, context: float) -> float:
+    """Bytes that a decode step must read: the weights once, and the keys and values of the batch once.
+
+    Args:
+        config: The engine's configuration.
+        batch_size: B, sequences that decode.
+        context: Tokens that each of them attends to, on average.
+    """
+    return weight_bytes(config) + batch_size * kv_bytes(config, context)
+
+
+def weight_bytes(config: EngineConfig) -> int:
+    """Bytes of all weights but the embedding table, of which a step reads single rows; a tied one is the head."""
+    from jaxengine.models.registry import abstract_model
+    from jaxengine.models.weights import parameters
+
+    model = config.model
+    found = parameters(abstract_model(model, config.dtype, config.weight_dtype))
+    tables = set() if model.tie_word_embeddings else {"embed_tokens.weight"}
+    return sum(math.prod(p.shape) * p.dtype.itemsize for path, p in found.items() if path not in tables)
+
+
+def kv_bytes(config: EngineConfig, context: float) -> float:
+    """Bytes of one sequence's keys and values, of all layers; sliding layers hold their window at most."""
+    from jax.numpy import dtype
+
+    from jaxengine.models.config import SLIDING
+
+    model = config.model
+    window = model.sliding_window or context
+    tokens = sum(min(context, window) if kind == SLIDING else context for kind in model.layer_types)
+    return 2 * tokens * model.num_kv_heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
