@@ -9,14 +9,15 @@ from jaxengine.bench.throughput import request_params
 from jaxengine.bench.workloads import Workload
 from jaxengine.engine.core import EngineCore
 from jaxengine.kv_cache.manager import KVCacheManager
+from jaxengine.runner.model_runner import StepShape
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
 
 
-def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None) -> set[tuple[int, int]]:
-    """Numbers of tokens and sequences of all steps that the engine will run for a workload.
+def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None) -> set[StepShape]:
+    """Shapes of all steps that the engine will run for a workload.
 
     The engine's own loop and scheduler plan them, with as many pages as the engine has; lengths alone decide, because
     nothing stops early.
@@ -53,13 +54,13 @@ class _Recorder:
     """Stands in for the runner: notes what steps would run, and "samples" token 0."""
 
     def __init__(self) -> None:
-        self.shapes: set[tuple[int, int]] = set()
+        self.shapes: set[StepShape] = set()
 
     def max_ready_tokens(self, full: bool) -> None:
         return None
 
     def execute(self, batch: ScheduledBatch) -> _Zeros:
-        self.shapes.add((batch.num_tokens, len(batch.sequences)))
+        self.shapes.add(StepShape.of(batch))
         return _Zeros([[0] if sequence.samples else [] for sequence in batch.sequences])
 
 

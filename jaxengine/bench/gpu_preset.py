@@ -16,6 +16,7 @@ from jaxengine.bench.presets import GPU_DECODE_STEPS, GPU_UNITS, GpuRow
 from jaxengine.bench.profile import trace
 from jaxengine.bench.throughput import measure
 from jaxengine.bench.workloads import DEFAULT_VOCAB, Workload, mixed, uniform
+from jaxengine.runner.model_runner import StepShape
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
@@ -175,7 +176,7 @@ class GpuPreset:
         return GpuRowResult(row, round(values[row.kind], 3), None, result.num_compilations, details=result.to_json())
 
 
-def row_shapes(llm: LLM, row: GpuRow) -> set[tuple[int, int]]:
+def row_shapes(llm: LLM, row: GpuRow) -> set[StepShape]:
     """Numbers of tokens and sequences of all steps of a row.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -40,6 +41,18 @@ class StepKey(NamedTuple):
     bucket: Bucket
     full: bool
     processors: tuple[LogitsProcessor, ...] = ()
+
+
+class StepShape(NamedTuple):
+    """What decides which buckets hold a step."""
+
+    num_tokens: int
+    num_seqs: int
+    decode_only: bool
+
+    @classmethod
+    def of(cls, batch: ScheduledBatch) -> StepShape:
+        return cls(batch.num_tokens, len(batch.sequences), batch.decode_only)
 
 
 class StepHandle:
@@ -122,7 +135,8 @@ class ModelRunner:
         self._caches: list = []
         self._state: Any = None
         self._set_slot = jax.jit(set_slot, donate_argnums=0)
-        self._compiler = StepCompiler(self._compile, config.num_compile_threads)
+        num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
+        self._compiler = StepCompiler(self._compile, num_threads)
         if config.warmup != "none":
             self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
 
@@ -188,9 +202,9 @@ class ModelRunner:
         self._compiler.add(keys)
         self._compiler.wait(keys)
 
-    def compile_ahead(self, shapes: Iterable[tuple[int, int]]) -> list[StepKey]:
-        """Queues the greedy steps that hold these numbers of tokens and sequences, and returns their keys."""
-        buckets = dict.fromkeys(fitting(self.buckets[False], *shape)[0] for shape in shapes)
+    def compile_ahead(self, shapes: Iterable[StepShape]) -> list[StepKey]:
+        """Queues the greedy steps that hold steps of these shapes, and returns their keys."""
+        buckets = dict.fromkeys(self._fitting(shape, full=False)[0] for shape in shapes)
         keys = [StepKey(bucket, False, self._processors) for bucket in buckets]
         self._compiler.add(keys)
         return keys
@@ -227,11 +241,12 @@ class ModelRunner:
     def _is_ready(self, bucket: Bucket, full: bool) -> bool:
         return self._compiler.is_ready(StepKey(bucket, full, self._processors))
 
+    def _fitting(self, shape: StepShape, full: bool) -> list[Bucket]:
+        return fitting(self.buckets[full], shape.num_tokens, shape.num_seqs, decode_only=shape.decode_only)
+
     def _pick(self, batch: ScheduledBatch, full: bool) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
-        num_seqs = len(batch.sequences)
-        decode_only = batch.num_decodes == num_seqs
-        candidates = fitting(self.buckets[full], batch.num_tokens, num_seqs, decode_only=decode_only)
+        candidates = self._fitting(StepShape.of(batch), full)
         if self.config.warmup == "none":
             return candidates[0]
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)

@@ -63,6 +63,11 @@ class ScheduledBatch:
     num_tokens: int
     num_decodes: int
 
+    @property
+    def decode_only(self) -> bool:
+        """Whether every sequence has exactly one new token."""
+        return self.num_decodes == len(self.sequences)
+
 
 @dataclass(slots=True)
 class TokenUpdate:

@@ -15,6 +15,7 @@ TILE = 64  # rows of a wgmma's layout; fewer may be in use
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 FEW_TOKENS = 1024  # up to so many, many small thread blocks finish sooner than few large ones
 FEWEST_TOKENS = 32
+UNROLLED_ROWS = 16
 
 
 def rows_and_heads(num_tokens: int, num_heads: int) -> tuple[int, int]:
@@ -47,7 +48,7 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
         plgpu.barrier_wait(barriers["turns_full"])
         cosine, sine = (_load(turn) for turn in turns)
 
-        def store_row(i: int, sources, parts, pages_ref, kv_head):
+        def store_row(i, sources, parts, pages_ref, kv_head):
             target, slot = page_ref[first + i], offset_ref[first + i]
 
             @pl.when((target >= 0) & (target < num_pages))
@@ -56,8 +57,11 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
                     plgpu.copy_smem_to_gmem(source.at[pl.ds(i, 1)], pages_ref.at[target, kv_head, pl.ds(slot, 1), part])
 
         def store_rows(*args):
-            for i in range(rows):
-                store_row(i, *args)
+            if rows <= UNROLLED_ROWS:  # the look-ups of pages overlap
+                for i in range(rows):
+                    store_row(i, *args)
+            else:  # they are few, against what moves; and a long kernel takes long to compile
+                lax.fori_loop(I32(0), I32(rows), lambda i, _: store_row(i, *args), None)
 
         def move_values(head):
             plgpu.copy_gmem_to_smem(qkv_ref.at[pl.ds(first, rows), head], values.at[own], barriers["values_full"])
