@@ -4,8 +4,10 @@ The work is a flat list of (block of queries, block of keys), as long as the pag
 loop with a run-time bound goes through it. Softmax is computed online over the blocks of keys (Milakov and Gimelshein,
 arXiv 1805.02867), in float32.
 
-Decodes go in groups of `GROUP` sequences, each group as far as its longest member: one gather and two batched matmuls
-a block keep the per-operation overhead of XLA's CPU backend small. Longer chunks go one block of queries at a time.
+Decodes go one by one on CPU, in a loop kept so small that XLA's CPU backend compiles all of it into one function, with
+no overhead an operation (see `_decode_group`). Where that is not possible, they go in groups of `GROUP` sequences, each
+group as far as its longest member: one gather and two batched matmuls a block keep the overhead low. Longer chunks go
+one block of queries at a time.
 
 Everything that depends on the metadata alone is in the `Plan`, made once a step and not once a layer: XLA compiles each
 layer's operations anew, and on CPU compiling is what a user waits for.
@@ -19,8 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-GROUP = 16  # decodes handled together
-KEY_BLOCK = 64  # keys a step of the decode loop (measured on CPU: 64 beats 16, 32 and 128)
+GROUP = 16  # decodes handled together, where not one by one
+SMALL_STEP = 2**18  # multiplications for q.k up to which a step of the decode loop is small, see `_decode_group`
+SMALL_HEADS = 8  # query heads of a KV head, up to which they are multiplied one by one
+KEY_BLOCK = 64  # keys a step of the decode loop (measured on CPU, one by one: 64 beats 32 and 128)
 QUERY_BLOCK = 64  # queries a step of the prefill loop
 PREFILL_KEY_BLOCK = 128
 MASKED = -1e30  # finite, so that a row with no valid key yields zeros instead of NaN
@@ -54,6 +58,7 @@ class Plan:
       lens: i32[S+], lengths of the decodes, 0 for other slots; padded to whole groups.
       table: i32[S+, P+], the page table, padded to whole groups and blocks.
       decode_items, prefill_items: the work; no prefill items where all are decodes.
+      group: decodes handled together.
       row_end, shift: i32[S+], end of each sequence's rows, and its length minus that: a row's position is row + shift.
     """
 
@@ -65,6 +70,7 @@ class Plan:
     shift: jax.Array
     decode_items: Items
     prefill_items: Items | None
+    group: int = dataclasses.field(metadata={"static": True})
     sliding_window: int | None = dataclasses.field(metadata={"static": True})
 
 
@@ -79,10 +85,10 @@ def cache_shapes(spec, num_pages: int) -> tuple[tuple[int, ...], ...]:
 
 def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: int | None) -> Plan:
     """See `Plan`."""
-    num_pages, _, page_size, _ = cache[0].shape
+    num_pages, num_kv_heads, page_size, head_dim = cache[0].shape
     num_slots, width = meta.page_table.shape
-    group = min(GROUP, num_slots)
     decode_pages, prefill_pages = (_pages_a_block(b, page_size, width) for b in (KEY_BLOCK, PREFILL_KEY_BLOCK))
+    group = _decode_group(num_heads, num_kv_heads, head_dim, decode_pages * page_size, num_slots)
     slots_pad = -num_slots % group
     lens = jnp.where(jnp.arange(num_slots) < meta.num_decodes, meta.kv_lens, 0)
     lens = jnp.pad(lens, (0, slots_pad))
@@ -102,8 +108,22 @@ def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: i
         prefill_items=None
         if num_tokens == 1 or meta.max_query_len == 1
         else _prefill_items(meta, num_tokens, prefill_pages * page_size, width * page_size, sliding_window),
+        group=group,
         sliding_window=sliding_window,
     )
+
+
+def _decode_group(num_heads: int, num_kv_heads: int, head_dim: int, block: int, num_slots: int) -> int:
+    """How many decodes are handled together: one where that makes the loop over them small.
+
+    XLA's CPU backend (jaxlib 0.12) compiles a loop that touches few bytes a step, and calls no library, into one
+    function. It runs on one thread, but without overhead, its keys and values stay in the L2 cache, and nothing is read
+    for the sake of a longer member of the group. On two busy cores (2026-11-23; 9 heads over 3 of 64, bfloat16 cache;
+    least ms a layer), groups -> one by one: 32 x 192 tokens 2.62 -> 1.42, 64 x 64..600 10.7 -> 3.7, 8 x 1024 3.0 -> 1.4
+    and 1 x 192 0.064 -> 0.027.
+    """
+    small = num_heads * head_dim * block <= SMALL_STEP and num_heads <= SMALL_HEADS * num_kv_heads
+    return 1 if small and jax.default_backend() == "cpu" else min(GROUP, num_slots)
 
 
 def new_token_slots(meta, num_tokens: int, num_pages: int, page_size: int):
@@ -183,11 +203,11 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
         _attend_block, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale
     )
     # Blocks of rows are sliced at run-time offsets; the padding keeps the last block from being shifted back.
-    rows, group = min(QUERY_BLOCK, num_tokens), min(GROUP, meta.kv_lens.shape[0])
-    padded = jnp.pad(q.astype(jnp.float32), ((0, max(rows, group)), (0, 0), (0, 0)))
+    rows = min(QUERY_BLOCK, num_tokens)
+    padded = jnp.pad(q.astype(jnp.float32), ((0, max(rows, plan.group)), (0, 0), (0, 0)))
     padded = padded.reshape(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)  # [T+, K, G, H]
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(num_kv_heads, -1)  # [K, G]
-    out = _decode(padded, k_pages, v_pages, plan, group, attend, sinks)
+    out = _decode(padded, k_pages, v_pages, plan, attend, sinks)
     if plan.prefill_items is not None:
         # In ascending order: the rows that a block writes past its sequence's end are overwritten by their owners.
         out = _prefill(padded, k_pages, v_pages, plan, rows, out, attend, sinks)
@@ -221,7 +241,21 @@ def to_cache_dtype(new, scale, dtype):
     return new.astype(dtype)
 
 
-def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_cap, k_scale, v_scale):
+def _multiply(equation: str, rows, block, by_row: bool):
+    """einsum of rows[..., R, X] and a block of keys or values; `by_row` makes R products of a vector and a matrix.
+
+    XLA's CPU backend emits those inline, where it calls a library for a product of matrices.
+    """
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # GPUs would round float32 to TF32
+    if not by_row:
+        return einsum(equation, rows, block)
+    equation = equation.replace("r", "")
+    return jnp.stack([einsum(equation, rows[..., r, :], block) for r in range(rows.shape[-2])], axis=-2)
+
+
+def _attend_block(
+    carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_cap, k_scale, v_scale, by_row: bool = False
+):
     """One step of the online softmax over a block of keys.
 
     Args:
@@ -230,8 +264,8 @@ def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_c
       k: [..., K, C, H] keys as cached; v likewise.
       q_pos: i32[..., R or 1] positions of the rows; a negative position sees nothing.
       k_pos: i32[C] positions of the keys.
+      by_row: see `_multiply`.
     """
-    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # GPUs would round float32 to TF32
     top, total, out = carry
     k = k.astype(jnp.float32)
     v = v.astype(jnp.float32)
@@ -239,7 +273,7 @@ def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_c
         k = k * jnp.reshape(k_scale, (-1, 1, 1))
     if v_scale is not None:
         v = v * jnp.reshape(v_scale, (-1, 1, 1))
-    scores = einsum("...krh,...kch->...krc", q, k) * scale
+    scores = _multiply("...krh,...kch->...krc", q, k, by_row) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     seen = k_pos <= q_pos[..., None]  # [..., R or 1, C]
@@ -252,7 +286,7 @@ def _attend_block(carry, q, k, v, q_pos, k_pos, *, scale, sliding_window, soft_c
     weights = jnp.where(seen[..., None, :, :], jnp.exp(scores - new_top[..., None]), 0.0)
     shrink = jnp.exp(top - new_top)
     total = total * shrink + weights.sum(axis=-1)
-    return new_top, total, out * shrink[..., None] + einsum("...krc,...kch->...krh", weights, v)
+    return new_top, total, out * shrink[..., None] + _multiply("...krc,...kch->...krh", weights, v, by_row)
 
 
 def _start(shape, head_dim, sinks):
@@ -287,10 +321,10 @@ def _gather(pages, ids):
     return picked.reshape(*ids.shape[:-1], num_kv_heads, ids.shape[-1] * page_size, head_dim)
 
 
-def _decode(q, k_pages, v_pages, plan: Plan, group: int, attend, sinks):
+def _decode(q, k_pages, v_pages, plan: Plan, attend, sinks):
     _, num_kv_heads, group_size, head_dim = q.shape
     page_size = k_pages.shape[2]
-    items, num_pages = plan.decode_items, _pages_a_block(KEY_BLOCK, page_size, plan.table.shape[1])
+    items, group, num_pages = plan.decode_items, plan.group, _pages_a_block(KEY_BLOCK, page_size, plan.table.shape[1])
     keys = jnp.arange(num_pages * page_size, dtype=jnp.int32)
 
     def step(i, carry):
@@ -299,7 +333,8 @@ def _decode(q, k_pages, v_pages, plan: Plan, group: int, attend, sinks):
         q_pos = lax.dynamic_slice(plan.lens, (first,), (group,))[:, None] - 1
         block_q = lax.dynamic_slice_in_dim(q, first, group)  # [g, K, G, H]
         k_pos = items.key_block[i] * keys.size + keys
-        return attend(carry, block_q, _gather(k_pages, ids), _gather(v_pages, ids), q_pos, k_pos)
+        keys_values = _gather(k_pages, ids), _gather(v_pages, ids)
+        return attend(carry, block_q, *keys_values, q_pos, k_pos, by_row=group == 1 and group_size <= SMALL_HEADS)
 
     start = _start((group, num_kv_heads, group_size), head_dim, sinks)
     return _run(items, start, step, jnp.zeros_like(q), lambda done: done)
