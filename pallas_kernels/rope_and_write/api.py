@@ -6,19 +6,21 @@ from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 
 KVCache = tuple[jax.Array, ...]
 
+MAX_TOKENS = 32
+
 
 def has_kernel(qkv: jax.Array, cos: jax.Array, cache: KVCache, meta: AttentionMetadata) -> bool:
-    """Whether `rope_and_write` runs for these: on a GPU, with 16-bit caches of unpadded heads that rotate whole.
+    """Whether `rope_and_write` runs for these: few tokens on a GPU, heads of 128 that rotate whole, a cache like `qkv`.
 
-    Elsewhere `ragged_paged_attention` writes keys and values itself, and XLA fuses the rest.
+    Elsewhere `ragged_paged_attention` writes keys and values itself, and XLA fuses the rest. Steps of many tokens have
+    no use for it: what they spend there is small against their products.
     """
-    head_dim = cache[0].shape[-1]
     return (
         meta.implementation == "mosaic_gpu"
         and meta.plan is not None
         and cache[0].dtype == qkv.dtype
-        and 2 * cos.shape[1] == head_dim
-        and head_dim in (64, 128, 256)
+        and qkv.shape[0] <= MAX_TOKENS
+        and 2 * cos.shape[1] == cache[0].shape[-1] == 128
     )
 
 

@@ -1,7 +1,7 @@
 """Norm, rotation and cache write on Hopper: one pass where XLA takes four fusions and the attention a kernel to write.
 
-A thread block takes some rows (tokens) of some heads, one head after the other: a tile of rows comes in by TMA, turns
-in registers, and goes out by TMA, queries as a tile, keys and values row by row to their pages.
+A thread block takes a few rows (tokens) of one head: they come in by TMA, turn in registers, and go out by TMA, queries
+as a tile, keys and values row by row to their pages.
 """
 
 import jax
@@ -11,18 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 I32, F32 = jnp.int32, jnp.float32
-TILE = 64  # rows of a wgmma's layout; fewer may be in use
+TILE = 64  # rows of a wgmma's layout, most of which stay empty: many small thread blocks finish soonest
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-FEW_TOKENS = 1024  # up to so many, many small thread blocks finish sooner than few large ones
-FEWEST_TOKENS = 32
-UNROLLED_ROWS = 16
-
-
-def rows_and_heads(num_tokens: int, num_heads: int) -> tuple[int, int]:
-    """Rows and heads of a thread block; the rows divide T, so that no two blocks share any."""
-    most = 4 if num_tokens <= FEWEST_TOKENS else 16 if num_tokens <= FEW_TOKENS else TILE
-    rows = next(r for r in (TILE, 16, 8, 4, 2, 1) if r <= most and num_tokens % r == 0)
-    return rows, next(h for h in (8, 6, 5, 4, 3, 2, 1) if num_heads % h == 0) if most == TILE else 1
 
 
 def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_offset: float, norm_eps: float):
@@ -36,19 +26,15 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
     num_tokens, half = cos.shape
     all_heads = qkv.shape[1] // head_dim
     num_heads = all_heads - 2 * num_kv_heads
-    rows, heads = rows_and_heads(num_tokens, all_heads)
+    rows = next(r for r in (4, 2, 1) if num_tokens % r == 0)  # so that no two thread blocks share any
     refs = tuple(jax.new_ref(pages) for pages in cache)
 
     def rope_and_write(qkv_ref, cos_ref, sin_ref, page_ref, offset_ref, *rest, halves, out, values, turns, **barriers):
         *weight_refs, k_pages_ref, v_pages_ref, q_ref = rest
-        first = lax.axis_index("tokens") * rows
+        first, head = lax.axis_index("tokens") * rows, lax.axis_index("head")
         own, columns = pl.ds(0, rows), [pl.ds(j * half, half) for j in (0, 1)]
-        for ref, turn in zip((cos_ref, sin_ref), turns, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[pl.ds(first, rows)], turn.at[own], barriers["turns_full"])
-        plgpu.barrier_wait(barriers["turns_full"])
-        cosine, sine = (_load(turn) for turn in turns)
 
-        def store_row(i, sources, parts, pages_ref, kv_head):
+        def store_row(i: int, sources, parts, pages_ref, kv_head):
             target, slot = page_ref[first + i], offset_ref[first + i]
 
             @pl.when((target >= 0) & (target < num_pages))
@@ -56,24 +42,22 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
                 for source, part in zip(sources, parts, strict=True):
                     plgpu.copy_smem_to_gmem(source.at[pl.ds(i, 1)], pages_ref.at[target, kv_head, pl.ds(slot, 1), part])
 
-        def store_rows(*args):
-            if rows <= UNROLLED_ROWS:  # the look-ups of pages overlap
-                for i in range(rows):
-                    store_row(i, *args)
-            else:  # they are few, against what moves; and a long kernel takes long to compile
-                lax.fori_loop(I32(0), I32(rows), lambda i, _: store_row(i, *args), None)
-
-        def move_values(head):
+        @pl.when(head >= num_heads + num_kv_heads)
+        def _():
             plgpu.copy_gmem_to_smem(qkv_ref.at[pl.ds(first, rows), head], values.at[own], barriers["values_full"])
             plgpu.barrier_wait(barriers["values_full"])
-            store_rows((values,), (pl.ds(0, head_dim),), v_pages_ref, head - num_heads - num_kv_heads)
+            for i in range(rows):
+                store_row(i, (values,), (pl.ds(0, head_dim),), v_pages_ref, head - num_heads - num_kv_heads)
 
-        def rotate(head):
+        @pl.when(head < num_heads + num_kv_heads)
+        def _():
+            for ref, turn in zip((cos_ref, sin_ref), turns, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[pl.ds(first, rows)], turn.at[own], barriers["halves_full"])
             for ref, part in zip(halves, columns, strict=True):
-                plgpu.copy_gmem_to_smem(
-                    qkv_ref.at[pl.ds(first, rows), head, part], ref.at[own], barriers["halves_full"]
-                )
+                source = qkv_ref.at[pl.ds(first, rows), head, part]
+                plgpu.copy_gmem_to_smem(source, ref.at[own], barriers["halves_full"])
             plgpu.barrier_wait(barriers["halves_full"])
+            cosine, sine = (_load(turn) for turn in turns)
             x, y = (_load(ref).astype(F32) for ref in halves)
             if weight_refs:
                 weights = _weights(weight_refs, (head >= num_heads).astype(F32), x.shape, norm_offset)
@@ -89,32 +73,24 @@ def rope_and_write(qkv, cos, sin, cache, page, offset, *, norm_weights, norm_off
 
             @pl.when(head >= num_heads)
             def _():
-                store_rows(out, columns, k_pages_ref, head - num_heads)
+                for i in range(rows):
+                    store_row(i, out, columns, k_pages_ref, head - num_heads)
 
-        def one_head(i, _):
-            head = lax.axis_index("heads") * heads + i
-            is_value = head >= num_heads + num_kv_heads
-            plgpu.wait_smem_to_gmem(0)  # of the head before
-            pl.when(is_value)(lambda: move_values(head))
-            pl.when(jnp.logical_not(is_value))(lambda: rotate(head))
-
-        lax.fori_loop(I32(0), I32(heads), one_head, None)
         plgpu.wait_smem_to_gmem(0)
 
     q = plgpu.kernel(
         rope_and_write,
         out_type=jax.ShapeDtypeStruct((num_tokens, num_heads, head_dim), qkv.dtype),
-        grid=(num_tokens // rows, all_heads // heads),
-        grid_names=("tokens", "heads"),
+        grid=(num_tokens // rows, all_heads),
+        grid_names=("tokens", "head"),
         scratch_types={
             # Of their own: columns 64 to 128 of one reference come out swizzled wrongly (jax 0.11.2, on the card).
             "halves": [plgpu.SMEM((TILE, half), qkv.dtype)] * 2,
             "out": [plgpu.SMEM((TILE, half), qkv.dtype)] * 2,
             "values": plgpu.SMEM((TILE, head_dim), qkv.dtype),
             "turns": [plgpu.SMEM((TILE, half), F32)] * 2,
-            "halves_full": plgpu.Barrier(num_arrivals=2),
+            "halves_full": plgpu.Barrier(num_arrivals=4),
             "values_full": plgpu.Barrier(),
-            "turns_full": plgpu.Barrier(num_arrivals=2),
         },
     )(qkv.reshape(num_tokens, all_heads, head_dim), cos, sin, page, offset, *(norm_weights or ()), *refs)
     return q, tuple(jax.freeze(ref) for ref in refs)

@@ -54,10 +54,9 @@ def expected(qkv, cos, sin, cache, page, offset, num_heads: int, norm_weights, e
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "norm"),
-    [(1, 2, 1, 128, False), (16, 4, 2, 64, True), (20, 2, 1, 128, True), (96, 2, 2, 64, False)],
+    [(1, 2, 1, 128, False), (16, 4, 2, 128, True), (6, 2, 1, 128, True), (32, 2, 2, 128, False)],
 )
-def test_matches_plain_jax(monkeypatch, num_tokens, num_heads, num_kv_heads, head_dim, norm):
-    monkeypatch.setattr(mosaic_gpu, "FEW_TOKENS", 64)  # the last case is one of many tokens
+def test_matches_plain_jax(num_tokens, num_heads, num_kv_heads, head_dim, norm):
     rng = np.random.default_rng(num_tokens)
 
     def draw(*shape: int, dtype: str = "bfloat16") -> jax.Array:
@@ -81,26 +80,21 @@ def test_matches_plain_jax(monkeypatch, num_tokens, num_heads, num_kv_heads, hea
     np.testing.assert_array_equal(np.asarray(got_cache[1], np.float32), np.asarray(want_cache[1], np.float32))
 
 
-def test_rows_divide_the_tokens_and_heads_the_heads():
-    for num_tokens in (1, 7, 20, 64, 1024, 1025, 1280, 8192):
-        for num_heads in (3, 24, 48, 64):
-            rows, heads = mosaic_gpu.rows_and_heads(num_tokens, num_heads)
-            assert num_tokens % rows == 0
-            assert num_heads % heads == 0
-            assert rows <= mosaic_gpu.TILE
-
-
-def has(implementation="mosaic_gpu", head_dim=128, rotary_dim=128, dtype="bfloat16", is_planned=True) -> bool:
+def has(
+    num_tokens=8, implementation="mosaic_gpu", head_dim=128, rotary_dim=128, dtype="bfloat16", is_planned=True
+) -> bool:
     plan = object() if is_planned else None
     meta = attention.AttentionMetadata(*[jnp.zeros(())] * 5, plan=plan, implementation=implementation)
     cache = (jnp.zeros((4, 2, 16, head_dim), dtype),) * 2
-    return has_kernel(jnp.zeros((8, 6 * head_dim), "bfloat16"), jnp.zeros((8, rotary_dim // 2)), cache, meta)
+    qkv = jnp.zeros((num_tokens, 6 * head_dim), "bfloat16")
+    return has_kernel(qkv, jnp.zeros((num_tokens, rotary_dim // 2)), cache, meta)
 
 
 def test_what_has_a_kernel():
     assert has()
     assert not has(implementation="reference")
     assert not has(rotary_dim=64)
-    assert not has(head_dim=96, rotary_dim=96)
+    assert not has(head_dim=64, rotary_dim=64)
+    assert not has(num_tokens=64)
     assert not has(dtype="float8_e4m3fn")
     assert not has(is_planned=False)
