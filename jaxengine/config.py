@@ -76,7 +76,7 @@ class EngineConfig:
         dtype: Dtype of activations, norms and biases, and of all products.
         weight_dtype: Dtype in which matrices are held.
         kv_cache_dtype: Dtype of cached keys and values.
-        attention: What the attention op needs to know of the model.
+        attention: What the attention op needs to know of the model; of one device's heads.
         attention_backend: Implementation of ragged paged attention.
         block_size: Tokens of a page.
         num_pages: Pages of the KV cache; None sizes it from the memory.

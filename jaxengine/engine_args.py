@@ -33,6 +33,7 @@ class EngineArgs:
         kv_cache_dtype: Of the cache; "auto" follows `dtype`.
         attention_backend: "reference" (plain JAX), "mosaic_gpu" or "mosaic_tpu"; "auto": the platform's kernel.
         seed: Seed of requests that bring none.
+        tensor_parallel_size: Devices that share the model: heads, FFN columns and vocabulary.
         max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
         max_num_seqs: Requests running at once; None: 256, on CPU 64.
         max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
@@ -62,6 +63,7 @@ class EngineArgs:
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     seed: int = 0
+    tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -92,7 +94,8 @@ class EngineArgs:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be above 0 and at most 1")
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"block_size={self.block_size}: expected 8, 16, 32, 64, 128 or 256")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
+        sizes = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*sizes, "num_gpu_blocks_override"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1, or None")
@@ -113,13 +116,24 @@ class EngineArgs:
         from jaxengine.runner.platform import resolve_dtypes
 
         is_cpu = jax.default_backend() == "cpu"
+        if self.tensor_parallel_size > len(jax.devices()):
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(jax.devices())} devices "
+                f"({jax.devices()[0].platform})"
+            )
         model = ModelConfig.from_hf(checkpoint.config)
+        model = dataclasses.replace(model, tensor_parallel_size=self.tensor_parallel_size)
         longest = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > longest:
             raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
         dtypes = resolve_dtypes(self.dtype, self.kv_cache_dtype, model.dtype, is_loop=model.has_equal_layers)
         attention = AttentionSpec(
-            model.num_heads, model.num_kv_heads, model.head_dim, self.block_size, dtypes.compute, dtypes.kv_cache
+            num_heads=model.heads.num_heads // model.tensor_parallel_size,
+            num_kv_heads=model.heads.num_kv_heads // model.tensor_parallel_size,
+            head_dim=model.head_dim,
+            page_size=self.block_size,
+            dtype=dtypes.compute,
+            cache_dtype=dtypes.kv_cache,
         )
         backend = choose_implementation(attention, wanted=self.attention_backend)
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)

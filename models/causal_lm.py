@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig, RopeConfig, common_fields
@@ -22,6 +24,7 @@ from jaxengine.models.registry import architecture_of
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, plan_attention
 from jaxengine.sharding import axes
+from jaxengine.sharding.mesh import MODEL
 
 
 class DecoderLayer(nnx.Module):
@@ -141,8 +144,8 @@ class CausalLM(nnx.Module):
                 plans[window] = plan_attention(
                     meta,
                     num_tokens=token_ids.shape[0],
-                    num_heads=config.num_heads,
-                    cache=cache,
+                    num_heads=config.heads.num_heads // config.tensor_parallel_size,
+                    cache=_of_one_device(cache, config.tensor_parallel_size),
                     sliding_window=window,
                 )
             x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window])
@@ -152,7 +155,17 @@ class CausalLM(nnx.Module):
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the rows that sample: `[R, D]` to f32[R, V]."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return soft_cap(matmul(hidden, head.weight[...], jnp.float32), self.config.final_soft_cap)
+        multiply = functools.partial(matmul, out_dtype=jnp.float32)
+        if self.config.tensor_parallel_size > 1 and self.config.vocab_size % self.config.tensor_parallel_size == 0:
+            columns = PartitionSpec(None, MODEL)  # each device the logits of its own tokens, and nothing moves
+            specs = (PartitionSpec(), PartitionSpec(MODEL))
+            multiply = jax.shard_map(multiply, in_specs=specs, out_specs=columns, check_vma=False)
+        return soft_cap(multiply(hidden, head.weight[...]), self.config.final_soft_cap)
+
+
+def _of_one_device(cache: Any, size: int) -> Any:
+    """The shape of one device's part of a cache, whose second axis is that of the heads."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // size, *x.shape[2:]), x.dtype), cache)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

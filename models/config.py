@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
+
+from jaxengine.sharding.layout import HeadLayout, check_divides, head_layout
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -126,6 +129,7 @@ class ModelConfig:
         tie_word_embeddings: The output head is the embedding.
         hidden_act: One of `ACTIVATIONS`.
         dtype: The dtype that the checkpoint says it is in, such as "bfloat16"; None where it does not say.
+        tensor_parallel_size: Devices that heads, FFN columns and the vocabulary are split over.
         max_model_len: Longest sequence that will be served (0: `max_position_embeddings`). Longrope takes its long
             factors for every sequence when this exceeds the original context, because cached keys cannot be turned
             again when a sequence grows.
@@ -159,13 +163,14 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
     dtype: str | None = None
+    tensor_parallel_size: int = 1
     max_model_len: int = 0
 
     def __post_init__(self) -> None:
         self._fill_defaults()
         for name in (
             *("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
-            *("vocab_size", "max_position_embeddings", "max_model_len"),
+            *("vocab_size", "max_position_embeddings", "tensor_parallel_size", "max_model_len"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -190,6 +195,21 @@ class ModelConfig:
         for rope in (self.rope, self.local_rope):
             if rope is not None and rope.rotary_dim > self.head_dim:
                 raise ValueError(f"rotary_dim is {rope.rotary_dim}; it must be at most head_dim {self.head_dim}")
+
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        check_divides("intermediate_size", self.intermediate_size, self.tensor_parallel_size)
+        if self.qk_norm == "projection" and self.heads.is_padded:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: {self.num_kv_heads} KV heads that are normed "
+                f"together cannot be filled up with zeros; sizes that divide {self.num_kv_heads} work"
+            )
+
+    @functools.cached_property
+    def heads(self) -> HeadLayout:
+        """The heads over the devices that share them."""
+        return head_layout(self.num_heads, self.num_kv_heads, self.tensor_parallel_size)
 
     def _fill_defaults(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen

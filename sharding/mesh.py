@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-MESH_AXES = ("data", "model", "expert")
+DATA, MODEL, EXPERT = MESH_AXES = ("data", "model", "expert")
 
 
 def make_mesh(data: int = 1, model: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -34,3 +34,8 @@ def make_mesh(data: int = 1, model: int = 1, expert: int = 1, devices: Sequence[
     return jax.make_mesh(
         (data, model, expert), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=available[:needed]
     )
+
+
+def model_axis_size() -> int:
+    """Devices that share the model, of the mesh under which a step is being traced; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)

@@ -49,6 +49,7 @@ class LLMEngine:
         from jaxengine.models.registry import abstract_model
         from jaxengine.runner.model_runner import ModelRunner
         from jaxengine.scheduler.scheduler import Scheduler
+        from jaxengine.sharding.mesh import make_mesh
 
         self.args = args
         self.compilations = CompilationCounter()
@@ -56,9 +57,11 @@ class LLMEngine:
         with ThreadPoolExecutor(2) as pool:  # weights and tokenizer load while the first steps compile
             tokenizer = pool.submit(self._load_tokenizer)
             self.config: EngineConfig = args.resolve(self.checkpoint)
-            model = pool.submit(self._load_model)
             config = self.config
-            runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+            size = config.model.tensor_parallel_size
+            self._mesh = make_mesh(model=size) if size > 1 else None
+            model = pool.submit(self._load_model)
+            runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config, self._mesh)
             try:
                 self.tokenizer = tokenizer.result()
                 runner.load(model.result())
@@ -90,8 +93,8 @@ class LLMEngine:
 
         model, dtype, weight_dtype = self.config.model, self.config.dtype, self.config.weight_dtype
         if self.args.load_format == "dummy":
-            return init_dummy(model, dtype, seed=self.args.seed, weight_dtype=weight_dtype)
-        loaded = load_model(self.checkpoint, model, dtype, weight_dtype=weight_dtype)
+            return init_dummy(model, dtype, self._mesh, seed=self.args.seed, weight_dtype=weight_dtype)
+        loaded = load_model(self.checkpoint, model, dtype, self._mesh, weight_dtype=weight_dtype)
         self.checkpoint.release()
         return loaded
 

@@ -18,6 +18,7 @@ from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.param import initial_value
 from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
+from jaxengine.sharding.layout import ZEROS, Runs, cut
 from jaxengine.sharding.rules import named_sharding
 
 NUM_READERS = 4
@@ -60,7 +61,8 @@ def load_model(
         tensors = [checkpoint.get(name) for name in spec.names]
         tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
         _check_shapes(path, param, spec, tensors, checkpoint)
-        read = functools.partial(_read_slice, tensors, np.dtype(param.dtype))
+        runs = param.get_metadata("rows"), param.get_metadata("columns")
+        read = functools.partial(_read_slice, tensors, np.dtype(param.dtype), param.shape, runs)
         if mesh is None:  # not committed to a device: computations then go wherever their other arguments are
             param.set_value(jax.device_put(read((slice(None),) * len(param.shape))))
         else:
@@ -109,20 +111,53 @@ def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
     return named_sharding(mesh, param.get_metadata("axes"), param.shape)
 
 
-def _read_slice(tensors: list[np.ndarray], dtype: np.dtype, index: tuple[slice, ...] | None) -> np.ndarray:
-    """The part `index` of `tensors` concatenated on the first axis, in `dtype`, reading no more than that."""
+def _read_slice(
+    tensors: list[np.ndarray],
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    runs: tuple[Runs, Runs],
+    index: tuple[slice, ...] | None,
+) -> np.ndarray:
+    """The part `index` of a parameter, in `dtype`, reading no more than that of its tensors.
+
+    Args:
+        tensors: Laid end to end along the first axis.
+        dtype: Of the parameter.
+        shape: Of the parameter.
+        runs: Which of the tensors' rows and columns it holds; see `parameter`.
+        index: Slices of the parameter's axes.
+    """
     assert index is not None  # JAX passes None for scalars only
-    total = sum(tensor.shape[0] for tensor in tensors)
-    start, stop, _ = index[0].indices(total)
+    (row, *rest), (rows, columns) = index, runs
+    start, stop, _ = row.indices(shape[0])
+    column_start, column_stop, _ = rest[0].indices(shape[1]) if rest else (0, 0, 1)
+    picked = cut(columns, column_start, column_stop) if columns else ((column_start, column_stop - column_start),)
+    parts = []
+    for first, count in cut(rows, start, stop) if rows else ((start, stop - start),):
+        for tensor in [None] if first == ZEROS else _overlapping(tensors, first, count):
+            length = count if tensor is None else len(tensor)
+            if not rest:
+                parts.append(np.zeros(length, dtype) if tensor is None else tensor.astype(dtype, copy=False))
+                continue
+            blocks = [
+                np.zeros((length, width), dtype)
+                if tensor is None or column == ZEROS
+                else tensor[:, column : column + width].astype(dtype, copy=False)
+                for column, width in picked
+            ]
+            parts.append(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+
+
+def _overlapping(tensors: list[np.ndarray], first: int, count: int) -> list[np.ndarray]:
+    """The parts of `tensors`, laid end to end, that make up `count` rows from `first` on."""
     parts, offset = [], 0
     for tensor in tensors:
-        low, high = max(start - offset, 0), min(stop - offset, tensor.shape[0])
+        low, high = max(first - offset, 0), min(first + count - offset, len(tensor))
         if low < high:
-            parts.append(tensor[(slice(low, high), *index[1:])])
-        offset += tensor.shape[0]
-    if len(parts) == 1:
-        return np.ascontiguousarray(parts[0].astype(dtype, copy=False))
-    return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+            parts.append(tensor[low:high])
+        offset += len(tensor)
+    return parts
 
 
 def _find(name: str, available: set[str], family: type[CausalLM], checkpoint: Checkpoint) -> str:
@@ -153,8 +188,9 @@ def _check_shapes(
     path: str, param: nnx.Param, spec: WeightSpec, tensors: list[np.ndarray], checkpoint: Checkpoint
 ) -> None:
     """Checks each tensor, not only their sum: parts of a fused weight could have changed places."""
-    rows = param.get_metadata("parts") if len(tensors) > 1 else param.shape[:1]
-    wanted = [(row, *param.shape[1:]) for row in rows]
+    parts, columns = param.get_metadata("parts"), param.get_metadata("columns")
+    rest = param.shape[1:] if not columns else (sum(count for first, count in columns if first != ZEROS),)
+    wanted = [(row, *rest) for row in (parts if len(tensors) > 1 else (sum(parts),))]
     for name, tensor, shape in zip(spec.names, tensors, wanted, strict=True):
         if tensor.shape != shape:
             stored = tensor.shape[::-1] if spec.transpose else tensor.shape

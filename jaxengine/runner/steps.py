@@ -35,8 +35,8 @@ class FlatModel:
     """A model as a static definition and a flat list of arrays, so that a call does not walk modules."""
 
     def __init__(self, model: nnx.Module):
-        self.graphdef, state = nnx.split(model)
-        self.leaves, self.treedef = jax.tree.flatten(state)
+        self.graphdef, self.state = nnx.split(model)
+        self.leaves, self.treedef = jax.tree.flatten(self.state)
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxengine.sharding.mesh import MODEL, model_axis_size
 
 
 class Logprobs(NamedTuple):
@@ -34,9 +37,26 @@ def gather_logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Lo
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, token_ids[:, None], axis=-1)
     ranks = jnp.sum(logprobs >= chosen, axis=-1, dtype=jnp.int32)
-    best, best_ids = lax.top_k(logprobs, num_top)
+    best, best_ids = top_k(logprobs, num_top)
     return Logprobs(
         jnp.concatenate([token_ids[:, None], best_ids.astype(jnp.int32)], axis=1),
         jnp.concatenate([chosen, best], axis=1),
         ranks,
     )
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of f32[R, V] and where they are; of devices that share the columns, each finds its own first."""
+    size = model_axis_size()
+    width = x.shape[1] // size
+    if size == 1 or x.shape[1] % size or k > width:
+        return lax.top_k(x, k)
+
+    def of_one_device(part):  # [R, V / size]
+        best, ids = lax.top_k(part, k)
+        return best, ids + lax.axis_index(MODEL) * width
+
+    columns = PartitionSpec(None, MODEL)
+    best, ids = jax.shard_map(of_one_device, in_specs=columns, out_specs=(columns, columns))(x)  # [R, size * k]
+    best, chosen = lax.top_k(best, k)
+    return best, jnp.take_along_axis(ids, chosen, axis=1)

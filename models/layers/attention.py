@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
-from jaxengine.models.layers.linear import Linear
+from jaxengine.models.layers.linear import Linear, split_fused
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.models.layers.rope import RopeTable, apply_rope
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, ragged_paged_attention
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
+from jaxengine.sharding.layout import fused_runs
+from jaxengine.sharding.mesh import MODEL
 
 
 class Attention(nnx.Module):
@@ -22,37 +27,53 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         """Makes the attention of layer number `layer`; only what differs between layers is read by that number."""
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        heads = self.heads = config.heads
+        self.num_heads, self.num_kv_heads, self.head_dim = heads.num_heads, heads.num_kv_heads, config.head_dim
         self.scale = config.attention_scale
         self.soft_cap = config.attention_soft_cap
         self.window = config.window(layer)
         self.qk_norm = config.qk_norm
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.sizes = tuple(n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
+        stored = tuple(n * self.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+        firsts = (0, stored[0], stored[0] + stored[1])
+        units = (heads.q_heads, heads.kv_heads, heads.kv_heads)
         self.qkv_proj = Linear(
             config.hidden_size,
-            (q_size, kv_size, kv_size),
+            sum(self.sizes),
             (axes.QKV_HEADS, axes.EMBED),
             bias=config.qkv_bias,
+            parts=stored,
+            rows=fused_runs([(first, self.head_dim, u) for first, u in zip(firsts, units, strict=True)], heads.size),
             dtype=dtype,
             rngs=rngs,
         )
         self.o_proj = Linear(
-            q_size, config.hidden_size, (axes.EMBED, axes.HEADS), bias=config.output_bias, dtype=dtype, rngs=rngs
+            self.sizes[0],
+            config.hidden_size,
+            (axes.EMBED, axes.HEADS),
+            bias=config.output_bias,
+            columns=fused_runs([(0, self.head_dim, heads.q_heads)], heads.size),
+            dtype=dtype,
+            rngs=rngs,
         )
         if config.qk_norm is not None:
-            is_whole = config.qk_norm == "projection"
+            self.q_norm, self.k_norm = (
+                self._make_norm(config, size, units, dtype=dtype, rngs=rngs)
+                for size, units in zip(self.sizes[:2], (heads.q_heads, heads.kv_heads), strict=True)
+            )
 
-            def make_norm(size: int) -> RMSNorm:
-                return RMSNorm(
-                    size if is_whole else self.head_dim,
-                    eps=config.norm_eps,
-                    unit_offset=config.norm_unit_offset,
-                    axis=axes.HEADS if is_whole else axes.HEAD_DIM,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-
-            self.q_norm, self.k_norm = make_norm(q_size), make_norm(kv_size)
+    def _make_norm(self, config: ModelConfig, size: int, units: tuple[int, ...], *, dtype, rngs) -> RMSNorm:
+        """The norm of queries or keys: of each head, or of all together."""
+        is_whole = config.qk_norm == "projection"
+        return RMSNorm(
+            size if is_whole else self.head_dim,
+            eps=config.norm_eps,
+            unit_offset=config.norm_unit_offset,
+            axis=axes.HEADS if is_whole else axes.HEAD_DIM,
+            rows=fused_runs([(0, self.head_dim, units)], self.heads.size) if is_whole else (),
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
@@ -69,21 +90,22 @@ class Attention(nnx.Module):
             `[T, D]` and the cache with the new keys and values.
         """
         qkv = self.qkv_proj(x)  # [T, (N + 2K) H]
-        if rope is not None and self.qk_norm != "projection" and has_kernel(qkv, rope[0], cache, meta):
+        is_split = self.heads.size > 1
+        if rope is not None and self.qk_norm != "projection" and not is_split and has_kernel(qkv, rope[0], cache, meta):
             k = v = None
             q, cache = rope_and_write(qkv, *rope, cache, meta, **self._head_norm())
         else:
             q, k, v = self._heads(qkv, rope)
-        out, cache = ragged_paged_attention(
-            q, k, v, cache, meta, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
-        )  # [T, N, H]
-        return self.o_proj(out.reshape(x.shape[0], self.num_heads * self.head_dim)), cache
+        attend = functools.partial(
+            ragged_paged_attention, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
+        )
+        out, cache = (over_heads(attend) if is_split else attend)(q, k, v, cache, meta)  # [T, N, H]
+        return self.o_proj(out.reshape(x.shape[0], self.sizes[0])), cache
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
         num_tokens = qkv.shape[0]
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = qkv[:, :q_size], qkv[:, q_size : q_size + kv_size], qkv[:, q_size + kv_size :]
+        q, k, v = split_fused(qkv, self.sizes, self.heads.size)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.reshape(num_tokens, self.num_heads, self.head_dim)
@@ -101,3 +123,11 @@ class Attention(nnx.Module):
             return {}
         weights = self.q_norm.weight[...], self.k_norm.weight[...]
         return {"norm_weights": weights, "norm_offset": self.q_norm.offset, "norm_eps": self.q_norm.eps}
+
+
+def over_heads(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs attention on every device's heads by themselves: `attend(q, k, v, cache, meta)` under the mesh at hand."""
+    heads, everything = PartitionSpec(None, MODEL), PartitionSpec()  # of [T, heads, H] and of pages [P, K, page, H]
+    return jax.shard_map(
+        attend, in_specs=(heads, heads, heads, heads, everything), out_specs=(heads, heads), check_vma=False
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.sharding.layout import Runs
 
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
@@ -69,10 +73,13 @@ class Linear(nnx.Module):
     def __init__(
         self,
         in_features: int,
-        out_features: int | tuple[int, ...],
+        out_features: int,
         axes: tuple[str | None, str | None],
         *,
         bias: bool = False,
+        parts: tuple[int, ...] = (),
+        rows: Runs = (),
+        columns: Runs = (),
         dtype: DTypeLike,
         rngs: nnx.Rngs | None,
     ):
@@ -80,16 +87,17 @@ class Linear(nnx.Module):
 
         Args:
             in_features: Size of the input.
-            out_features: Size of the output, or the sizes of several layers that are fused into this one.
+            out_features: Size of the output.
             axes: Logical axes of `[out, in]`.
             bias: Whether there is one.
+            parts, rows, columns: As in `parameter`, where layers of a checkpoint are fused into this one, or its rows
+                or columns are in another order.
             dtype: Dtype of the parameters.
             rngs: As in `parameter`.
         """
-        parts = out_features if isinstance(out_features, tuple) else (out_features,)
-        size = sum(parts)
-        self.weight = parameter((size, in_features), axes, dtype=dtype, rngs=rngs, parts=parts)
-        self.bias = parameter((size,), axes[:1], dtype=dtype, rngs=rngs, init="zeros", parts=parts) if bias else None
+        shape, order = (out_features, in_features), {"parts": parts, "rows": rows}
+        self.weight = parameter(shape, axes, dtype=dtype, rngs=rngs, columns=columns, **order)
+        self.bias = parameter(shape[:1], axes[:1], dtype=dtype, rngs=rngs, init="zeros", **order) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
         """Applies the layer."""
@@ -97,3 +105,19 @@ class Linear(nnx.Module):
             return matmul(x, self.weight[...])
         # The bias is added before rounding, as a fused kernel would.
         return (matmul(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def split_fused(x: jax.Array, parts: Sequence[int], size: int) -> list[jax.Array]:
+    """Takes apart what a fused layer made on `size` devices, which hold their shares of all parts side by side.
+
+    Args:
+        x: `[T, sum(parts)]`.
+        parts: Size of each part, over all devices.
+        size: Devices.
+
+    Returns:
+        `[T, part]` of each part.
+    """
+    ends = list(itertools.accumulate(part // size for part in parts))
+    shares = jnp.split(x.reshape(x.shape[0], size, -1), ends[:-1], axis=-1)
+    return [share.reshape(x.shape[0], -1) for share in shares]

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
-from jaxengine.models.layers.linear import Linear
+from jaxengine.models.layers.linear import Linear, split_fused
 from jaxengine.sharding import axes
+from jaxengine.sharding.layout import fused_runs
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -35,13 +36,25 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         """Makes the layer of a model's own sizes."""
         dim, ffn_dim, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = Linear(dim, (ffn_dim, ffn_dim), (axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
+        self.size = config.tensor_parallel_size
+        share, shares = ffn_dim // self.size, tuple(range(self.size))
+        self.gate_up_proj = Linear(
+            dim,
+            2 * ffn_dim,
+            (axes.MLP, axes.EMBED),
+            bias=bias,
+            parts=(ffn_dim, ffn_dim),
+            rows=fused_runs([(0, share, shares), (ffn_dim, share, shares)], self.size),
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [T, D] -> [T, D]
         """Applies the layer."""
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # [T, F] each
+        fused = self.gate_up_proj(x)  # [T, 2F]
+        gate, up = split_fused(fused, (fused.shape[1] // 2,) * 2, self.size)  # [T, F] each
         hidden = (activate(gate, self.activation) * up.astype(jnp.float32)).astype(x.dtype)
         return self.down_proj(hidden)
 

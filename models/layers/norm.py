@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
 from jaxengine.sharding import axes
+from jaxengine.sharding.layout import Runs
 
 
 class RMSNorm(nnx.Module):
@@ -22,6 +23,7 @@ class RMSNorm(nnx.Module):
         eps: float,
         unit_offset: bool = False,
         axis: str = axes.EMBED,
+        rows: Runs = (),
         dtype: DTypeLike,
         rngs: nnx.Rngs | None,
     ):
@@ -32,10 +34,12 @@ class RMSNorm(nnx.Module):
             eps: Added to the mean square.
             unit_offset: Multiply by `1 + weight` (Gemma) instead of `weight`.
             axis: Logical axis of the weight.
+            rows: As in `parameter`.
             dtype: Dtype of the weight.
             rngs: As in `parameter`.
         """
-        self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init="zeros" if unit_offset else "ones")
+        init = "zeros" if unit_offset else "ones"
+        self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init=init, rows=rows)
         self.eps = eps
         self.offset = 1.0 if unit_offset else 0.0
 

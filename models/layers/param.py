@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxengine.sharding.layout import Runs
+
 INIT_SCALE = 0.02
 
 
@@ -18,6 +20,8 @@ def parameter(
     rngs: nnx.Rngs | None,
     init: str = "normal",
     parts: tuple[int, ...] = (),
+    rows: Runs = (),
+    columns: Runs = (),
 ) -> nnx.Param:
     """Makes a parameter that knows its logical axes.
 
@@ -28,11 +32,13 @@ def parameter(
         rngs: Random numbers for its initial value. None makes it abstract (a `jax.ShapeDtypeStruct`), for the loader
             to fill: building a model then takes no time and no memory.
         init: "normal" (standard deviation 0.02), "ones" or "zeros"; kept as metadata for dummy weights.
-        parts: Sizes along the first axis of what a fused parameter is made of.
+        parts: Sizes along the first axis of the checkpoint's tensors that it is made of, if it is fused.
+        rows: Which of those tensors' rows it holds, in which order, if not all as they are there.
+        columns: Likewise along the second axis.
     """
     value = jax.ShapeDtypeStruct(shape, dtype) if rngs is None else initial_value(rngs.params(), shape, dtype, init)
     # Not named `sharding` or `out_sharding`: Flax would then want a mesh at hand whenever the value is set.
-    return nnx.Param(value, axes=axes, init=init, parts=parts or shape[:1])
+    return nnx.Param(value, axes=axes, init=init, parts=parts or shape[:1], rows=rows, columns=columns)
 
 
 def initial_value(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, init: str) -> jax.Array:
