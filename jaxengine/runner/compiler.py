@@ -62,6 +62,9 @@ class StepCompiler:
         future = self._futures.get(key)
         return future is not None and future.done()
 
+    def ready_keys(self) -> list[Hashable]:
+        return [key for key, future in self._futures.items() if future.done()]
+
     def get(self, key: Any) -> Any:
         """The compiled function; waits for it, ahead of all others, if need be.
 

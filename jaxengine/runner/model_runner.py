@@ -233,6 +233,10 @@ class ModelRunner:
         """
         self._compiler.wait(keys)
 
+    def compiled_programs(self) -> list[str]:
+        """The text of every step compiled so far, as XLA made it."""
+        return [self._compiler.get(key).as_text() for key in self._compiler.ready_keys()]
+
     def wait_until_ready(self) -> None:
         """Waits until a first step can run."""
         self._compiler.get(self._warmup_keys()[0])

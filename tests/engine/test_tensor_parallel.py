@@ -1,0 +1,146 @@
+"""A model over several devices answers as on one, and moves little between them.
+
+Run as a script, this file does so on virtual CPU devices, which must be asked for before JAX starts (see `main`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxengine import LLM, SamplingParams
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.registry import model_class
+from jaxengine.models.weights import parameters
+
+MODELS = Path(__file__).parents[1] / "models" / "data"
+NUM_DEVICES = 4
+ENGINE = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 64,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": 24,
+    "warmup": "none",
+}
+# A plain MLP with biases, and heads of zeros; norms of heads, and keys held twice.
+DEFAULT = ("gpt2", "qwen3")
+COLLECTIVE = re.compile(r"= \(?(\w+\[[\d,]*\])[^=]* (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(")
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 64,
+}
+NUM_TOP = 5
+LARGEST_GATHERED = 32 * NUM_DEVICES * NUM_TOP
+"""The best tokens of every device, for as many rows as have their log probabilities computed at once."""
+
+
+def run(case: str, sizes: list[int]) -> list[dict[str, Any]]:
+    """Runs this file as a script; returns the lines of JSON that it prints, one for each size."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(NUM_DEVICES), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, case, *map(str, sizes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        pytest.param(path.name, [1, 2, 4], marks=pytest.mark.slow)
+        for path in sorted(MODELS.iterdir())
+        if path.name not in DEFAULT
+    ]
+    + [(case, [1, 2]) for case in DEFAULT]
+    + [pytest.param("smollm2", [1, 2, 3, 4], marks=pytest.mark.slow)],
+)
+def test_answers_as_on_one_device(case, sizes):
+    one, *others = run(case, sizes)
+    for other in others:
+        assert other["token_ids"] == one["token_ids"]
+
+
+def test_the_sampler_answers_as_on_one_device_and_little_moves(tmp_path):
+    write_random_checkpoint(tmp_path)
+    one, four = run(str(tmp_path), [1, 4])
+    assert four["token_ids"] == one["token_ids"]
+    assert one["collectives"] == []
+    gathered = [count for kind, count in four["collectives"] if kind != "all-reduce"]
+    assert 0 < max(gathered) <= LARGEST_GATHERED < CONFIG["hidden_size"] ** 2
+    assert "all-reduce" in {kind for kind, _ in four["collectives"]}
+
+
+def write_random_checkpoint(folder: Path) -> None:
+    config, rng = ModelConfig.from_hf(CONFIG), np.random.default_rng(0)
+    family = model_class(config.architecture)
+    tensors = {}
+    for path, param in parameters(family(config)).items():
+        for name, rows in zip(family.tensor_names(path), param.get_metadata("parts"), strict=True):
+            shape = (rows, *param.shape[1:])
+            tensors[name] = np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(size=shape, scale=0.1)
+    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "tensor_parallel_size=0"), (64, "there are 1 devices")])
+def test_wrong_sizes_are_refused(tiny, size, text):
+    with pytest.raises(ValueError, match=text):
+        LLM(str(tiny), tensor_parallel_size=size)
+
+
+def collectives(llm: Any) -> list[tuple[str, int]]:
+    """Kind and numbers of elements of every collective in the compiled steps."""
+    found = []
+    for text in llm.llm_engine.core.runner.compiled_programs():
+        for shape, kind in COLLECTIVE.findall(text):
+            count = 1
+            for size in re.findall(r"\d+", shape.split("[")[1]):
+                count *= int(size)
+            found.append((kind, count))
+    return found
+
+
+def main(case: str, sizes: list[int]) -> None:
+    models: dict[str, dict[str, Any]] = {"smollm2": {}}
+    if os.path.isabs(case):
+        models[case] = {"model": case, "max_logprobs": NUM_TOP}
+    prompts = [{"prompt_token_ids": list(range(3, 3 + count))} for count in (9, 20)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    if os.path.isabs(case):
+        params = SamplingParams(
+            temperature=0.8,
+            top_p=0.9,
+            top_k=20,
+            seed=1,
+            repetition_penalty=1.1,
+            max_tokens=12,
+            logprobs=2,
+            prompt_logprobs=2,
+            ignore_eos=True,
+            detokenize=False,
+        )
+    for size in sizes:
+        with LLM(**models.get(case, {"model": str(MODELS / case)}), **ENGINE, tensor_parallel_size=size) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            answer = {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
+            print(json.dumps(answer | {"collectives": collectives(llm)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(size) for size in sys.argv[2:]])
