@@ -73,6 +73,7 @@ class EngineConfig:
     Attributes:
         model: The architecture.
         scheduler: What bounds a step.
+        platform: "cpu", "gpu" or "tpu": what steps are compiled for.
         dtype: Dtype of activations, norms and biases, and of all products.
         weight_dtype: Dtype in which matrices are held.
         kv_cache_dtype: Dtype of cached keys and values.
@@ -94,6 +95,7 @@ class EngineConfig:
 
     model: ModelConfig
     scheduler: SchedulerConfig
+    platform: str
     dtype: str
     weight_dtype: str
     kv_cache_dtype: str

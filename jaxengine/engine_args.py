@@ -102,8 +102,12 @@ class EngineArgs:
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs={self.max_logprobs}: must be at least 0")
 
-    def resolve(self, checkpoint: Checkpoint) -> EngineConfig:
+    def resolve(self, checkpoint: Checkpoint, platform: str | None = None) -> EngineConfig:
         """Decides everything left open, from the checkpoint and the platform.
+
+        Args:
+            checkpoint: The model.
+            platform: "cpu", "gpu" or "tpu", to plan for devices that are not there; by default what JAX runs on.
 
         Raises:
             ValueError: A value that the model or the memory does not allow.
@@ -115,8 +119,9 @@ class EngineArgs:
         from jaxengine.runner.memory import num_pages_that_fit
         from jaxengine.runner.platform import resolve_dtypes
 
-        is_cpu = jax.default_backend() == "cpu"
-        if self.tensor_parallel_size > len(jax.devices()):
+        is_planned, platform = platform is not None, platform or jax.default_backend()
+        is_cpu = platform == "cpu"
+        if not is_planned and self.tensor_parallel_size > len(jax.devices()):
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(jax.devices())} devices "
                 f"({jax.devices()[0].platform})"
@@ -126,7 +131,9 @@ class EngineArgs:
         longest = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > longest:
             raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
-        dtypes = resolve_dtypes(self.dtype, self.kv_cache_dtype, model.dtype, is_loop=model.has_equal_layers)
+        dtypes = resolve_dtypes(
+            self.dtype, self.kv_cache_dtype, model.dtype, is_loop=model.has_equal_layers, platform=platform
+        )
         attention = AttentionSpec(
             num_heads=model.heads.num_heads // model.tensor_parallel_size,
             num_kv_heads=model.heads.num_kv_heads // model.tensor_parallel_size,
@@ -135,7 +142,7 @@ class EngineArgs:
             dtype=dtypes.compute,
             cache_dtype=dtypes.kv_cache,
         )
-        backend = choose_implementation(attention, wanted=self.attention_backend)
+        backend = choose_implementation(attention, platform, self.attention_backend)
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
         default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
@@ -152,6 +159,7 @@ class EngineArgs:
                     long_prefill_token_threshold=self.long_prefill_token_threshold,
                     async_scheduling=self.async_scheduling,
                 ),
+                platform=platform,
                 dtype=dtypes.compute,
                 weight_dtype=dtypes.weights,
                 kv_cache_dtype=dtypes.kv_cache,

@@ -122,7 +122,7 @@ class ModelRunner:
         self.model_config = config.model
         scheduler = config.scheduler
         self.table_width = -(-scheduler.max_model_len // config.block_size)
-        self.is_cpu = jax.default_backend() == "cpu"
+        self.is_cpu = config.platform == "cpu"
         buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
         self.buckets = {False: buckets, True: sampler_buckets(buckets, coarse=self.is_cpu)}
         self._is_stacked = self.is_cpu and model.stack_layers()

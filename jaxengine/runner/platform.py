@@ -19,7 +19,9 @@ class Dtypes(NamedTuple):
     kv_cache: str
 
 
-def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None, *, is_loop: bool = False) -> Dtypes:
+def resolve_dtypes(
+    dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None, *, is_loop: bool = False, platform: str | None = None
+) -> Dtypes:
     """What a model computes in, and what its matrices and its cache are held in.
 
     "auto" is the checkpoint's dtype, with two exceptions: float32 checkpoints run in bfloat16 on accelerators, as in
@@ -38,6 +40,7 @@ def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None
         kv_cache_dtype: As in `EngineArgs`.
         checkpoint_dtype: What the checkpoint says; None stands for float32.
         is_loop: Whether CPUs run the model's layers in a loop (`LayerStack`).
+        platform: "cpu", "gpu" or "tpu"; by default that of JAX's backend.
 
     Raises:
         ValueError: A name that is not accepted.
@@ -49,7 +52,7 @@ def resolve_dtypes(dtype: str, kv_cache_dtype: str, checkpoint_dtype: str | None
     if kv_cache_dtype not in accepted:
         raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {', '.join(accepted)}")
     stored = checkpoint_dtype or "float32"
-    is_cpu = jax.default_backend() == "cpu"
+    is_cpu = (platform or jax.default_backend()) == "cpu"
     if dtype == "auto":
         if is_cpu:
             chosen = "bfloat16" if stored == "bfloat16" and cpu_has_bfloat16() else "float32"

@@ -58,18 +58,19 @@ class Attention(nnx.Module):
         )
         if config.qk_norm is not None:
             self.q_norm, self.k_norm = (
-                self._make_norm(config, size, units, dtype=dtype, rngs=rngs)
-                for size, units in zip(self.sizes[:2], (heads.q_heads, heads.kv_heads), strict=True)
+                self._make_norm(config, part, units, dtype=dtype, rngs=rngs)
+                for part, units in zip(stored[:2], (heads.q_heads, heads.kv_heads), strict=True)
             )
 
-    def _make_norm(self, config: ModelConfig, size: int, units: tuple[int, ...], *, dtype, rngs) -> RMSNorm:
-        """The norm of queries or keys: of each head, or of all together."""
+    def _make_norm(self, config: ModelConfig, part: int, units: tuple[int, ...], *, dtype, rngs) -> RMSNorm:
+        """The norm of queries or keys, `part` numbers of the checkpoint: of each head, or of all together."""
         is_whole = config.qk_norm == "projection"
         return RMSNorm(
-            size if is_whole else self.head_dim,
+            len(units) * self.head_dim if is_whole else self.head_dim,
             eps=config.norm_eps,
             unit_offset=config.norm_unit_offset,
             axis=axes.HEADS if is_whole else axes.HEAD_DIM,
+            parts=(part,) if is_whole else (),
             rows=fused_runs([(0, self.head_dim, units)], self.heads.size) if is_whole else (),
             dtype=dtype,
             rngs=rngs,

@@ -23,6 +23,7 @@ class RMSNorm(nnx.Module):
         eps: float,
         unit_offset: bool = False,
         axis: str = axes.EMBED,
+        parts: tuple[int, ...] = (),
         rows: Runs = (),
         dtype: DTypeLike,
         rngs: nnx.Rngs | None,
@@ -34,12 +35,12 @@ class RMSNorm(nnx.Module):
             eps: Added to the mean square.
             unit_offset: Multiply by `1 + weight` (Gemma) instead of `weight`.
             axis: Logical axis of the weight.
-            rows: As in `parameter`.
+            parts, rows: As in `parameter`.
             dtype: Dtype of the weight.
             rngs: As in `parameter`.
         """
         init = "zeros" if unit_offset else "ones"
-        self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init=init, rows=rows)
+        self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init=init, parts=parts, rows=rows)
         self.eps = eps
         self.offset = 1.0 if unit_offset else 0.0
 

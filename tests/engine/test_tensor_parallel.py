@@ -120,7 +120,7 @@ def main(case: str, sizes: list[int]) -> None:
     models: dict[str, dict[str, Any]] = {"smollm2": {}}
     if os.path.isabs(case):
         models[case] = {"model": case, "max_logprobs": NUM_TOP}
-    prompts = [{"prompt_token_ids": list(range(3, 3 + count))} for count in (9, 20)]
+    prompts: Any = [{"prompt_token_ids": list(range(3, 3 + count))} for count in (9, 20)]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     if os.path.isabs(case):
         params = SamplingParams(
