@@ -19,7 +19,7 @@ from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, cache_shape
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, sampler_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, needs_full_sampler, order_rows, pack
-from jaxengine.runner.memory import num_pages_that_fit
+from jaxengine.runner.memory import num_pages_that_fit, page_bytes
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
 from jaxengine.runner.steps import FlatModel, StepOutputs, make_step
 from jaxengine.sampling.logprobs import Logprobs
@@ -184,6 +184,18 @@ class ModelRunner:
         with self._place.context():
             return jax.jit(step, donate_argnums=(1, 2), **places).lower(*args)
 
+    def compile_step(self, bucket: Bucket, *, full: bool) -> jax.stages.Compiled:
+        """Compiles a step and keeps nothing of it."""
+        return self._lower(StepKey(bucket, full, self._processors), self.num_pages).compile(self._compiler_options())
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on one device."""
+        return sum(map(bytes_on_a_device, self._flat.leaves, self._leaf_places))
+
+    def page_bytes(self) -> int:
+        """Bytes of one page of all layers on one device."""
+        return page_bytes(self.config)
+
     def _compile(self, key: StepKey | str) -> Any:
         if isinstance(key, StepKey):
             return self._lower(key, self.num_pages).compile(self._compiler_options())
@@ -205,8 +217,9 @@ class ModelRunner:
         memory = self._lower(StepKey(self.buckets[True][-1], True, self._processors), 16).compile().memory_analysis()
         if memory is None:
             raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
-        weights = sum(map(bytes_on_a_device, self._flat.leaves, self._leaf_places))
-        return weights + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return (
+            self.weight_bytes() + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        )
 
     def wait_until_warm(self) -> None:
         """Compiles whatever is left of the warm-up, and waits for it.

@@ -34,7 +34,8 @@ ALLOWED = {
     "engine": ENGINE,
     "llm": ENGINE,
     "bench": {"llm", *ENGINE},
-    "cli": {"llm", "bench", *ENGINE},
+    "plan": {"bench", *ENGINE},
+    "cli": {"llm", "bench", "plan", *ENGINE},
     "__main__": {"cli"},
 }
 # The record that the parts of the engine pass around: importing it is importing no layer.

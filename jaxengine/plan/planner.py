@@ -1,0 +1,220 @@
+"""Compiles an engine's real steps for a target, and works out what fits and what bounds each step's time."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jaxengine.plan.targets import Chip
+
+if TYPE_CHECKING:
+    from jaxengine.config import EngineConfig
+    from jaxengine.runner.buckets import Bucket
+
+PLACEHOLDER_PAGES = 1024
+"""Pages that steps are compiled with: how many there are changes nothing but the size of an argument."""
+COLLECTIVE = re.compile(
+    r"= \(?(?P<shape>[a-z]\w*\[[\d,]*\])[^=\n]* "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+BITS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One compiled step.
+
+    Attributes:
+        num_tokens, num_seqs, decode_only: Its shape.
+        full: With the whole sampler; without, all rows are argmax.
+        compile_s: Seconds to trace, lower and compile it here.
+        temporary_bytes: On each device, beside weights and cache.
+        collectives: By kind: how many, and bytes of their results on one device.
+        read_bytes: The least a device reads: its weights, and its part of keys and values of all sequences.
+        flops: Of a device's products.
+        roofline_ms: The longer of the times that these two take.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    decode_only: bool
+    full: bool
+    compile_s: float
+    temporary_bytes: int
+    collectives: dict[str, tuple[int, int]]
+    read_bytes: float
+    flops: float
+    roofline_ms: float
+
+
+@dataclass
+class Plan:
+    """What a model needs on each device of a target.
+
+    Attributes:
+        weight_bytes, page_bytes: Of weights, and of one page of all layers, on one device.
+        memory_bytes: What the engine may use of a device.
+        context: Tokens of every sequence that `read_bytes` and `flops` of steps assume.
+        num_pages: Pages that fit beside the weights and the largest temporaries; 0 if nothing fits.
+    """
+
+    target: str
+    device_kind: str
+    num_devices: int
+    tensor_parallel_size: int
+    block_size: int
+    max_model_len: int
+    context: int
+    weight_bytes: int
+    page_bytes: int
+    memory_bytes: int
+    num_pages: int = 0
+    steps: list[StepPlan] = field(default_factory=list)
+
+    def num_sequences(self, num_tokens: int) -> int:
+        """Sequences of so many tokens that the pages hold."""
+        return self.num_pages // -(-num_tokens // self.block_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return asdict(self) | {
+            "num_sequences_of_max_model_len": self.num_sequences(self.max_model_len),
+            "num_sequences_of_context": self.num_sequences(self.context),
+        }
+
+
+def make_plan(
+    config: EngineConfig,
+    target: str,
+    devices: list[Any],
+    chip: Chip,
+    *,
+    context: int,
+    every_step: bool,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Compiles steps and adds up what they need.
+
+    Args:
+        config: The engine, resolved for the target's platform, with `PLACEHOLDER_PAGES`.
+        target: The target's name.
+        devices: Of the target; the first `tensor_parallel_size` of them share the model.
+        chip: What one of them can do.
+        context: Tokens of each sequence, for the rooflines.
+        every_step: All step shapes, with and without the whole sampler; else the smallest and largest of decodes, the
+            largest of prompts, and that with the sampler, which needs most memory.
+        progress: Is told what is being compiled.
+
+    Raises:
+        ValueError: There are fewer devices than `tensor_parallel_size`.
+    """
+    from jaxengine.models.registry import abstract_model
+    from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.sharding.mesh import make_mesh
+
+    size = config.model.tensor_parallel_size
+    if size > len(devices):
+        raise ValueError(f"tensor_parallel_size={size}: {target} has {len(devices)} devices")
+    model = abstract_model(config.model, config.dtype, config.weight_dtype)
+    runner = ModelRunner(model, config, make_mesh(model=size, devices=devices))
+    try:
+        plan = Plan(
+            target=target,
+            device_kind=devices[0].device_kind,
+            num_devices=len(devices),
+            tensor_parallel_size=size,
+            block_size=config.block_size,
+            max_model_len=config.scheduler.max_model_len,
+            context=context,
+            weight_bytes=runner.weight_bytes(),
+            page_bytes=runner.page_bytes(),
+            memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
+        )
+        keys = [(bucket, full) for full in (False, True) for bucket in runner.buckets[full]]
+        keys = keys if every_step else _main_steps(runner.buckets[False])
+        for number, (bucket, full) in enumerate(keys, 1):
+            progress(f"step {number} of {len(keys)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
+            plan.steps.append(_plan_step(runner, bucket, full, config, chip, context))
+    finally:
+        runner.close()
+    used = plan.weight_bytes + max(step.temporary_bytes for step in plan.steps)
+    plan.num_pages = max(plan.memory_bytes - used, 0) // plan.page_bytes
+    return plan
+
+
+def _main_steps(buckets: list[Bucket]) -> list[tuple[Bucket, bool]]:
+    """The smallest and the largest step of decodes, the largest of prompts with few and with all sequences."""
+    decodes = [bucket for bucket in buckets if bucket.decode_only]
+    largest = [b for b in buckets if b.num_tokens == buckets[-1].num_tokens and not b.decode_only]
+    chosen = dict.fromkeys([decodes[0], decodes[-1], largest[0], largest[-1]])
+    return [(bucket, False) for bucket in chosen] + [(largest[-1], True)]
+
+
+def _plan_step(runner: Any, bucket: Bucket, full: bool, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
+    started = time.perf_counter()
+    compiled = runner.compile_step(bucket, full=full)
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    read_bytes = _read_bytes(config, runner.weight_bytes(), bucket, context)
+    flops = _flops(config, bucket, context)
+    return StepPlan(
+        *bucket,
+        full=full,
+        compile_s=round(seconds, 2),
+        temporary_bytes=memory.temp_size_in_bytes + max(outputs, 0),
+        collectives=find_collectives(compiled.as_text()),
+        read_bytes=read_bytes,
+        flops=flops,
+        roofline_ms=1000 * max(read_bytes / chip.bandwidth, flops / chip.flops),
+    )
+
+
+def find_collectives(program: str) -> dict[str, tuple[int, int]]:
+    """How many collectives of each kind a compiled program has, and bytes of their results."""
+    found: dict[str, tuple[int, int]] = {}
+    for match in COLLECTIVE.finditer(program):
+        name, _, sizes = match["shape"].partition("[")
+        bits = BITS.search(name)  # none in "pred"
+        size = math.prod(int(n) for n in BITS.findall(sizes)) * max(int(bits[0]) if bits else 8, 8) // 8
+        count, total = found.get(match["kind"], (0, 0))
+        found[match["kind"]] = (count + 1, total + size)
+    return found
+
+
+def _read_bytes(config: EngineConfig, weight_bytes: int, bucket: Bucket, context: int) -> float:
+    """What one device must read: its weights but the embedding table, and its part of keys and values."""
+    from jax.numpy import dtype
+
+    model = config.model
+    size = model.tensor_parallel_size
+    table = 0
+    if not model.tie_word_embeddings:
+        shared = size if model.vocab_size % size == 0 else 1
+        table = model.vocab_size * model.hidden_size * dtype(config.weight_dtype).itemsize // shared
+    heads = model.heads.num_kv_heads // size
+    keys = 2 * _seen(config, context) * heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
+    return weight_bytes - table + bucket.num_seqs * keys
+
+
+def _flops(config: EngineConfig, bucket: Bucket, context: int) -> float:
+    """Of one device's products: with the matrices, of attention, and of the logits."""
+    model = config.model
+    qkv = (model.heads.num_heads + 2 * model.heads.num_kv_heads) * model.head_dim
+    attention = model.heads.num_heads * model.head_dim
+    gated = 2 if model.architecture == "GPT2LMHeadModel" else 3
+    matrices = model.hidden_size * (qkv + attention + gated * model.intermediate_size) * model.num_layers
+    logits = bucket.num_seqs * model.hidden_size * model.vocab_size
+    scores = 2 * bucket.num_tokens * attention * _seen(config, context)
+    return 2 * (bucket.num_tokens * matrices + scores + logits) / model.tensor_parallel_size
+
+
+def _seen(config: EngineConfig, context: int) -> float:
+    """Tokens that a token sees, over all layers."""
+    model = config.model
+    windows = (model.window(layer) for layer in range(model.num_layers))
+    return sum(min(context, window or context) for window in windows)

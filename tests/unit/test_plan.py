@@ -1,0 +1,86 @@
+"""Plans for devices that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxengine.cli.main import main
+from jaxengine.plan import targets
+from jaxengine.plan.planner import Plan, find_collectives
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 2048,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+PROGRAM = """
+  %a = bf16[16,256]{1,0:T(8,128)(2,1)S(1)} all-reduce(%x), channel_id=1, replica_groups={}
+  %b = (f32[4]{0}, f32[4]{0}) all-reduce-start(%y), channel_id=2
+  %c = pred[8]{0} all-gather(%z), channel_id=3
+  %d = f32[4]{0} all-reduce-done(%b)
+"""
+
+
+def test_collectives_are_counted_with_their_bytes():
+    assert find_collectives(PROGRAM) == {"all-reduce": (2, 16 * 256 * 2 + 4 * 4), "all-gather": (1, 8)}
+
+
+def test_sequences_that_fit():
+    plan = Plan("v6e:2x2", "TPU v6 lite", 4, 4, 16, 100, 33, weight_bytes=0, page_bytes=1, memory_bytes=0, num_pages=70)
+    assert plan.num_sequences(100) == 10  # of 7 pages
+    assert plan.num_sequences(33) == 23  # of 3
+    assert plan.to_json()["num_sequences_of_max_model_len"] == 10
+
+
+def test_what_is_wrong_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    assert main(["compile", "--model", "qwen3-0.6b", "--target", "v6e:2x2"]) == 2
+    assert "pip install libtpu" in capsys.readouterr().err
+    assert main(["compile", "--model", "qwen3-0.6b", "--target", "v6e:2x2", "--context", "0"]) == 2
+    assert "context=0" in capsys.readouterr().err
+
+
+def compile_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_"))}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "jaxengine", "compile", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+
+
+def test_compiles_for_a_tpu(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    engine = ("--tensor-parallel-size", "2", "--max-num-batched-tokens", "128", "--max-num-seqs", "16")
+    done = compile_command("--model", str(config), "--target", "v6e:2x2", *engine, "--json", "-")
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(done.stdout)
+    assert (plan["device_kind"], plan["num_devices"]) == ("TPU v6 lite", 4)
+    matrices = 2 * (256 * 16 * 128 + 8 * 128 * 256 + 3 * 256 * 512) + 2 * 2048 * 256
+    norms = (2 * 2 + 1) * 256
+    assert plan["weight_bytes"] == 2 * (matrices // 2 + norms)
+    assert plan["page_bytes"] == 2 * 2 * (4 // 2) * 16 * 128 * 2
+    free = plan["memory_bytes"] - plan["weight_bytes"] - max(step["temporary_bytes"] for step in plan["steps"])
+    assert plan["num_pages"] == free // plan["page_bytes"]
+    decode = next(step for step in plan["steps"] if step["num_tokens"] == 16)
+    # Two a layer and one for the embedding; nothing larger than the best token of each device is gathered.
+    assert decode["collectives"]["all-reduce"] == [5, 5 * 16 * 256 * 2]
+    assert decode["collectives"]["all-gather"][1] <= 2 * 2 * 16 * 4
+    assert set(decode["collectives"]) == {"all-reduce", "all-gather"}
+
+
+def test_compiles_for_a_tpu_that_is_known_only():
+    done = compile_command("--model", "qwen3-0.6b", "--target", "v9:2x2")
+    assert done.returncode == 2
+    assert "target='v9:2x2'" in done.stderr
+    assert "v6e:2x2" in done.stderr
