@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxengine.engine.async_llm import AsyncLLM
     from jaxengine.engine_args import EngineArgs
     from jaxengine.llm import LLM
     from jaxengine.outputs import CompletionOutput, RequestOutput
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
@@ -25,6 +27,7 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
+    "AsyncLLM": "engine.async_llm",
     "EngineArgs": "engine_args",
     "CompletionOutput": "outputs",
     "RequestOutput": "outputs",

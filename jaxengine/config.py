@@ -67,6 +67,23 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What must be known of a model and its engine to check requests.
+
+    Attributes:
+        vocab_size: Rows of the model's embedding table.
+        max_model_len: Tokens of prompt and output together at most.
+        max_logprobs: Largest `logprobs` and `prompt_logprobs` of a request.
+        max_num_seqs: Completions that run at once.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything the engine needs to know, resolved; `EngineArgs.resolve()` makes it.
 
@@ -111,3 +128,13 @@ class EngineConfig:
     logits_processors: tuple = ()
     warmup: Literal["background", "full", "lazy", "none"] = "background"
     num_compile_threads: int | None = None
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What bounds requests."""
+        return ModelLimits(
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.scheduler.max_model_len,
+            max_logprobs=self.max_logprobs,
+            max_num_seqs=self.scheduler.max_num_seqs,
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -14,6 +16,48 @@ class Metric(NamedTuple):
     name: str
     kind: str
     value: float
+
+
+class Histogram:
+    """Counts of values by size, as Prometheus has them.
+
+    Attributes:
+        bounds: Upper bounds of all buckets but the last, whose bound is infinity.
+        counts: Values of each bucket, not cumulated.
+        total: Sum of all values.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class RequestStats:
+    """Times and ends of requests, as their callers see them; seconds.
+
+    Attributes:
+        time_to_first_token: From arrival to the first token, of each request.
+        inter_token_latency: Between tokens that follow each other in a completion.
+        e2e_request_latency: From arrival to the end, of each request.
+        num_finished: Completions by finish reason.
+    """
+
+    def __init__(self) -> None:
+        self.time_to_first_token = Histogram(
+            (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+        )
+        self.inter_token_latency = Histogram(
+            (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
+        )
+        self.e2e_request_latency = Histogram(
+            (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+        )
+        self.num_finished: Counter[str] = Counter()
 
 
 def collect_metrics(core: EngineCore, num_compilations: int) -> list[Metric]:

@@ -77,6 +77,10 @@ class EngineCore:
             self._collect(*self._in_flight)
             self._in_flight = None
 
+    def close(self) -> None:
+        """Ends the compiler threads and frees the device. Requests must have ended."""
+        self.runner.close()
+
     def _dispatch(self) -> tuple[ScheduledBatch, StepHandle] | None:
         if not self.scheduler.has_unfinished_requests():
             return None

@@ -13,6 +13,7 @@ import numpy as np
 from jaxengine.engine.detokenizer import IncrementalDetokenizer
 from jaxengine.engine.request import Request
 from jaxengine.engine.token_streams import TokenPieces
+from jaxengine.metrics import RequestStats
 from jaxengine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobDict, logprob_dict
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -77,6 +78,7 @@ class _Completion:
     stop_reason: int | str | None = None
     num_delivered: int = 0  # tokens that DELTA outputs have carried
     num_preemptions: int = 0
+    last_token_time: float = 0.0
     has_news: bool = False
 
 
@@ -100,11 +102,19 @@ class OutputProcessor:
     Args:
         tokenizer: None gives text "".
         clock: Seconds; the clock that `Request.arrival_time` was read from.
+        stats: Gains the times and ends of requests.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        clock: Callable[[], float] = time.time,
+        stats: RequestStats | None = None,
+    ) -> None:
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
         self._clock = clock
+        self._stats = RequestStats() if stats is None else stats
         self._parents: dict[str, _Parent] = {}
         self._by_child: dict[str, tuple[_Parent, _Completion]] = {}
 
@@ -119,6 +129,11 @@ class OutputProcessor:
         if parent is None:
             return []
         return [child.request.request_id for child in parent.completions if child.finish_reason is None]
+
+    def parent_id(self, child_id: str) -> str | None:
+        """Returns the id that the caller knows of an unfinished completion's request."""
+        entry = self._by_child.get(child_id)
+        return None if entry is None else entry[0].request_id
 
     def add(
         self,
@@ -239,9 +254,13 @@ class OutputProcessor:
             self._finish(parent, completion, request.status.finish_reason or "abort", request.stop_reason)
         return stop_string
 
-    @staticmethod
-    def _count(metrics: RequestMetrics, completion: _Completion, num_new: int, now: float) -> None:
+    def _count(self, metrics: RequestMetrics, completion: _Completion, num_new: int, now: float) -> None:
         if num_new:
+            if completion.last_token_time:
+                self._stats.inter_token_latency.observe(now - completion.last_token_time)
+            elif not metrics.first_token_time:
+                self._stats.time_to_first_token.observe(now - metrics.arrival_time)
+            completion.last_token_time = now
             metrics.num_generation_tokens += num_new
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
@@ -250,6 +269,7 @@ class OutputProcessor:
 
     def _finish(self, parent: _Parent, completion: _Completion, reason: str, stop_reason: int | str | None) -> None:
         parent.num_running -= 1
+        self._stats.num_finished[reason] += 1
         completion.finish_reason, completion.stop_reason = reason, stop_reason
         completion.has_news = True
         del self._by_child[completion.request.request_id]
@@ -275,6 +295,7 @@ class OutputProcessor:
         finished = parent.num_running == 0
         if finished:
             parent.metrics.finished_time = now
+            self._stats.e2e_request_latency.observe(now - parent.metrics.arrival_time)
             del self._parents[parent.request_id]
         kind = parent.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:

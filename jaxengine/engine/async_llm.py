@@ -1,0 +1,257 @@
+"""`AsyncLLM`: streaming generation for many callers at once, with the engine core in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jaxengine.engine.core_client import CoreClient, EngineDeadError
+from jaxengine.engine.front import EngineFront, load_tokenizer
+from jaxengine.engine.inputs import ProcessedInput, PromptInput
+from jaxengine.engine.output_processor import SampledUpdate
+from jaxengine.engine.request import Request
+from jaxengine.engine_args import EngineArgs
+from jaxengine.loading.resolve import resolve_model
+from jaxengine.metrics import Metric
+from jaxengine.outputs import RequestOutput
+from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+
+__all__ = ["AsyncLLM", "EngineDeadError", "RequestStream"]
+
+
+class RequestStream:
+    """The outputs of some requests, as they come; what a slow reader has not read yet is merged.
+
+    An asynchronous iterator. Whoever does not read to the end calls `close`.
+    """
+
+    def __init__(self, kinds: dict[str, RequestOutputKind], abort: Callable[[Sequence[str]], Any]):
+        """Args: kinds: What outputs carry, by request id. abort: Ends requests."""
+        self._kinds = kinds
+        self._unfinished = set(kinds)
+        self._pending: dict[str, RequestOutput] = {}
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+        self._abort = abort
+
+    def put(self, output: RequestOutput) -> None:
+        """Adds an output."""
+        waiting = self._pending.get(output.request_id)
+        if waiting is None:
+            self._pending[output.request_id] = output
+        else:
+            waiting.add(output, aggregate=self._kinds[output.request_id] is RequestOutputKind.DELTA)
+        if output.finished:
+            self._unfinished.discard(output.request_id)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the stream with an error, once what has come before is read."""
+        self._error = error
+        self._news.set()
+
+    def close(self) -> None:
+        """Ends at once the requests that have not finished."""
+        self._abort(list(self._unfinished))
+        self._unfinished.clear()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._pending.pop(next(iter(self._pending)))
+
+
+class AsyncLLM:
+    """A model, ready to generate for callers of one event loop.
+
+    Attributes:
+        limits: What bounds requests.
+        tokenizer: None with `skip_tokenizer_init`.
+        input_processor: Checks and tokenises prompts, for callers that want to do so before they `submit`.
+        stats: Times and ends of requests.
+        dead_error: Why nothing runs any more; None while the engine lives.
+        on_death: Called once with `dead_error`.
+    """
+
+    def __init__(self, args: EngineArgs):
+        """Starts the core's process and loads the model; returns when a first step can run.
+
+        Raises:
+            ValueError: Any argument or file that is wrong.
+            EngineDeadError: The process has failed for another reason.
+        """
+        if args.logits_processors:
+            raise ValueError("logits_processors: functions cannot be sent to another process; use LLM")
+        checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
+        self._client = CoreClient(args)
+        try:
+            self.tokenizer = load_tokenizer(args, checkpoint)
+            self.limits = self._client.wait_ready()
+        except BaseException:
+            self._client.close()
+            raise
+        self.dead_error: EngineDeadError | None = None
+        self.on_death: Callable[[EngineDeadError], None] | None = None
+        self._front = EngineFront(self._client, args, checkpoint, self.tokenizer, self.limits)
+        self.input_processor = self._front.input_processor
+        self.stats = self._front.stats
+        self._streams: dict[str, RequestStream] = {}
+        self._receiver: asyncio.Task[None] | None = None
+        # One thread: prompts are tokenised in turn, while outputs go on.
+        self._tokenizing = ThreadPoolExecutor(1, "jaxengine-tokenize")
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What requests without parameters use: the model's own defaults."""
+        return self._front.default_params.clone()
+
+    def start(self) -> None:
+        """Begins to listen to the core, in the running event loop, so that its death is noticed; `submit` does so too.
+
+        Can be called again.
+        """
+        if self._receiver is None:
+            self._receiver = asyncio.get_running_loop().create_task(self._receive())
+
+    async def generate(
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Continues a prompt. Leaving the iterator, or cancelling the task that reads it, ends the request at once.
+
+        Args:
+            prompt: A text, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`.
+            sampling_params: `output_kind` says what the outputs carry; None takes the model's defaults.
+            request_id: Unique among unfinished requests.
+            priority: Lower runs first under the "priority" policy.
+
+        Yields:
+            Outputs, the last of them with `finished`; outputs that a slow reader has missed are merged into one.
+
+        Raises:
+            ValueError: The prompt or its parameters are wrong.
+            EngineDeadError: The engine core has ended.
+        """
+        if request_id is None:
+            raise ValueError("request_id=None: give the request an id")
+        process = self.input_processor.process_one
+        processed = await self.in_tokenizer_thread(
+            lambda: process(request_id, prompt, sampling_params, priority, arrival_time=time.time())
+        )
+        stream = self.submit([processed])
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.close()
+
+    async def in_tokenizer_thread[R](self, function: Callable[[], R]) -> R:
+        """Calls a function that may take long and uses the tokenizer, without holding up the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+    def submit(self, processed: Sequence[ProcessedInput]) -> RequestStream:
+        """Queues requests that `input_processor` made: all of them or, if one is refused, none.
+
+        Raises:
+            ValueError: An id is in use.
+            EngineDeadError: The engine core has ended.
+        """
+        self.check_health()
+        self.start()
+        for item in processed:
+            if item.params.logits_processors:
+                raise ValueError("logits_processors: functions cannot be sent to another process; use LLM")
+        added: list[str] = []
+        try:
+            for item in processed:
+                self._front.add(item)
+                added.append(item.request_id)
+        except BaseException:
+            self._front.abort(added)
+            raise
+        stream = RequestStream({item.request_id: item.params.output_kind for item in processed}, self._drop)
+        self._streams |= dict.fromkeys(added, stream)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at once; its stream ends with what it had and finish reason "abort". May be unknown."""
+        self._deliver(self._front.abort([request_id]))
+
+    def abort_all(self) -> None:
+        """Ends all requests as `abort` does."""
+        self._deliver(self._front.abort(self._front.request_ids))
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._streams)
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine core has ended."""
+        if self.dead_error is not None:
+            raise EngineDeadError(str(self.dead_error)) from self.dead_error
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters and gauges of the core, as of its latest step."""
+        return self._client.metrics
+
+    def shutdown(self) -> None:
+        """Ends everything; streams that are still read fail. Can be called again."""
+        self._fail(EngineDeadError("the engine has been shut down"))
+        if self._receiver is not None:
+            self._receiver.cancel()
+        self._client.close()
+        self._tokenizing.shutdown(wait=False)
+
+    def _drop(self, request_ids: Sequence[str]) -> None:
+        """Ends requests whose outputs nobody reads any more."""
+        self._front.abort(request_ids)
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            if (stream := self._streams.get(output.request_id)) is not None:
+                stream.put(output)
+                if output.finished:
+                    del self._streams[output.request_id]
+
+    async def _receive(self) -> None:
+        try:
+            error = await self._client.receive(self._take, self._refuse)
+        except Exception as failure:  # nothing would be delivered any more
+            error = EngineDeadError(f"receiving from the engine core has failed: {failure!r}")
+        self._fail(error)
+        if self.on_death is not None:
+            self.on_death(error)
+
+    def _take(self, updates: list[SampledUpdate]) -> None:
+        self._deliver(self._front.take(updates))
+
+    def _refuse(self, request: Request, message: str) -> None:
+        """Fails the whole request of whose completions one cannot run."""
+        request_id = self._front.parent_id(request.request_id)
+        stream = self._streams.get(request_id or "")
+        if request_id is not None and stream is not None:
+            stream.fail(ValueError(message))
+            self._drop([request_id])
+
+    def _fail(self, error: EngineDeadError) -> None:
+        if self.dead_error is None:
+            self.dead_error = error
+            for stream in set(self._streams.values()):
+                stream.fail(error)
+            self._streams.clear()

@@ -1,0 +1,80 @@
+"""From arguments and a checkpoint to an `EngineCore` that can run a first step."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxengine.config import EngineConfig
+from jaxengine.engine.core import EngineCore
+from jaxengine.engine_args import EngineArgs
+from jaxengine.loading.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def build_core(args: EngineArgs, checkpoint: Checkpoint) -> EngineCore:
+    """Loads the weights and starts compiling; returns when a first step can run.
+
+    Raises:
+        ValueError: A value that the model or the memory does not allow, or weights that do not fit the model.
+    """
+    set_up_compilation_cache(args.compilation_cache_dir)
+    from jaxengine.kv_cache.manager import KVCacheManager
+    from jaxengine.models.registry import abstract_model
+    from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.scheduler.scheduler import Scheduler
+    from jaxengine.sharding.mesh import make_mesh
+
+    config = args.resolve(checkpoint)
+    size = config.model.tensor_parallel_size
+    mesh = make_mesh(model=size) if size > 1 else None
+    with ThreadPoolExecutor(1) as pool:  # weights load while the first steps compile
+        model = pool.submit(load_weights, args, checkpoint, config, mesh)
+        runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config, mesh)
+        try:
+            runner.load(model.result())
+            if config.warmup == "full":
+                runner.wait_until_warm()
+            elif config.warmup != "none":
+                runner.wait_until_ready()
+        except BaseException:
+            runner.close()
+            raise
+    kv_cache = KVCacheManager(runner.num_pages, config.block_size, config.enable_prefix_caching)
+    return EngineCore(Scheduler(config.scheduler, kv_cache), runner)
+
+
+def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:
+    """The model with its weights, or with random ones for `load_format="dummy"`.
+
+    Raises:
+        ValueError: The checkpoint's tensors are not those of the model.
+    """
+    from jaxengine.loading.loader import init_dummy, load_model
+
+    if args.load_format == "dummy":
+        return init_dummy(config.model, config.dtype, mesh, seed=args.seed, weight_dtype=config.weight_dtype)
+    loaded = load_model(checkpoint, config.model, config.dtype, mesh, weight_dtype=config.weight_dtype)
+    checkpoint.release()
+    return loaded
+
+
+def set_up_compilation_cache(folder: str | None) -> None:
+    """Turns JAX's persistent compilation cache on, in the user's cache folder unless told otherwise.
+
+    A folder that JAX has been given already (its own setting, or `JAX_COMPILATION_CACHE_DIR`) is kept.
+    """
+    import jax
+
+    if folder == "" or (folder is None and jax.config.jax_compilation_cache_dir):
+        return
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(base) / "jaxengine" / "xla")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,202 @@
+"""The front's end of a core in another process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from jaxengine.config import ModelLimits
+from jaxengine.engine import wire
+from jaxengine.engine.output_processor import SampledUpdate
+from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.engine_args import EngineArgs
+from jaxengine.metrics import Metric
+
+POLL_MS = 100
+SHUTDOWN_SECONDS = 10.0
+"""What a core gets to end by itself."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine core has ended: nothing runs any more, and only a restart helps."""
+
+
+class CoreClient:
+    """Starts a core process, sends it requests, and gives what it sends back.
+
+    All methods belong to one thread: that of the event loop once `receive` has been called.
+
+    Attributes:
+        metrics: The core's, as of its latest step.
+    """
+
+    def __init__(self, args: EngineArgs):
+        """Starts the process, which loads the model: `wait_ready` waits for it."""
+        self.metrics: list[Metric] = []
+        self._requests: dict[int, Request] = {}
+        self._keys: dict[str, int] = {}
+        self._next_key = itertools.count()
+        self._closed = False
+        self._folder = tempfile.mkdtemp(prefix="jaxengine-")  # only this user may open it
+        self._context = zmq.Context()
+        self._outbox, self._inbox = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        addresses = {name: f"ipc://{Path(self._folder) / name}" for name in ("requests", "outputs")}
+        try:
+            for socket, address in zip((self._outbox, self._inbox), addresses.values(), strict=True):
+                socket.set_hwm(0)
+                socket.bind(address)
+            self._process = _start_process(args, addresses)
+        except BaseException:
+            self._free()
+            raise
+
+    def wait_ready(self) -> ModelLimits:
+        """Waits until the model is loaded.
+
+        Raises:
+            ValueError: An argument or file is wrong.
+            EngineDeadError: The process has failed otherwise.
+        """
+        while not self._inbox.poll(POLL_MS):
+            if self._process.poll() is not None and not self._inbox.poll(POLL_MS):
+                raise self._dead_error()
+        message = wire.decode_to_front(self._inbox.recv())
+        if isinstance(message, wire.Failed):
+            raise ValueError(message.message) if message.is_users else EngineDeadError(message.message)
+        assert isinstance(message, wire.Ready)
+        return message.limits
+
+    def add_request(self, request: Request) -> None:
+        key = next(self._next_key)
+        self._send(wire.Add.of(key, request))
+        self._requests[key] = request
+        self._keys[request.request_id] = key
+
+    def finish_request(
+        self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None
+    ) -> Request | None:
+        key = self._keys.pop(request_id, None)
+        if key is None:
+            return None
+        request = self._requests.pop(key)
+        request.status, request.stop_reason = status, stop_reason
+        self._send(wire.Finish(key, status.name))
+        return request
+
+    async def receive(
+        self, take: Callable[[list[SampledUpdate]], None], refuse: Callable[[Request, str], None]
+    ) -> EngineDeadError:
+        """Hands on what the core sends, until it ends; returns why it has.
+
+        Args:
+            take: Called with what a step gave.
+            refuse: Called with a request that cannot run, and the reason.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        threading.Thread(target=self._watch, args=(loop, ended), daemon=True).start()
+        socket = zmq.asyncio.Socket.from_socket(self._inbox)
+        while True:
+            frame = asyncio.ensure_future(socket.recv())
+            await asyncio.wait((frame, ended), return_when=asyncio.FIRST_COMPLETED)
+            # What a dead process has sent may say why it died: it is read before its end counts.
+            if not frame.done() and not (await asyncio.wait((frame,), timeout=POLL_MS / 1000))[0]:
+                frame.cancel()
+                return self._dead_error()
+            message = wire.decode_to_front(frame.result())
+            if isinstance(message, wire.Step):
+                self.metrics = message.metrics
+                take(self._updates(message))
+            elif isinstance(message, wire.Refused):
+                request = self._forget(message.key)
+                if request is not None:
+                    refuse(request, message.message)
+            elif isinstance(message, wire.Failed):
+                return EngineDeadError(f"the engine core has failed: {message.message}")
+
+    def close(self) -> None:
+        """Ends the process, by force if it takes too long. Can be called again."""
+        if self._closed:
+            return
+        self._send(wire.Shutdown())
+        self._closed = True
+        if self._process.poll() is None:
+            try:
+                self._process.wait(SHUTDOWN_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._free()
+
+    def _send(self, message: wire.ToCore) -> None:
+        if self._closed:
+            return
+        # Never waits: there is no limit to what may be on its way. It fails if the core is gone, as `receive` tells.
+        with contextlib.suppress(zmq.Again):
+            self._outbox.send(wire.encode(message), zmq.NOBLOCK)
+
+    def _updates(self, step: wire.Step) -> list[SampledUpdate]:
+        """What is not of requests that have been ended here meanwhile."""
+        updates = []
+        for update in step.updates:
+            request = self._requests.get(update.key)
+            if request is not None:
+                updates.append(update.apply(request))
+                if update.status is not None:
+                    self._forget(update.key)
+        return updates
+
+    def _forget(self, key: int) -> Request | None:
+        request = self._requests.pop(key, None)
+        if request is not None:
+            del self._keys[request.request_id]
+        return request
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None]) -> None:
+        self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(None))
+
+    def _dead_error(self) -> EngineDeadError:
+        code = self._process.poll()
+        return EngineDeadError(f"the engine core process has ended unexpectedly (exit code {code})")
+
+    def _free(self) -> None:
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _start_process(args: EngineArgs, addresses: dict[str, str]) -> subprocess.Popen[str]:
+    given: dict[str, Any] = {
+        "engine_args": {field.name: getattr(args, field.name) for field in dataclasses.fields(args)},
+        **addresses,
+        "log_level": logging.getLogger("jaxengine").getEffectiveLevel(),
+    }
+    # The new interpreter must find what this one finds, however it came to.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxengine.engine.core_process"], stdin=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(given) + "\n")
+    process.stdin.flush()
+    return process

@@ -1,0 +1,142 @@
+"""The process in which an engine core runs: started by `CoreClient`, ended by it or with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import zmq
+
+from jaxengine.engine import wire
+from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.engine_args import EngineArgs
+from jaxengine.loading.resolve import resolve_model
+from jaxengine.metrics import Metric, collect_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class CoreProcess:
+    """Runs steps as long as there are requests, and waits for messages when there are none."""
+
+    def __init__(self, args: EngineArgs, requests: zmq.Socket, outputs: zmq.Socket):
+        """Loads the model.
+
+        Args:
+            args: Which model, and how.
+            requests: Messages of the front come from here.
+            outputs: Messages to the front go there.
+
+        Raises:
+            ValueError: Any argument or file that is wrong.
+        """
+        from jaxengine.engine.build import build_core
+        from jaxengine.runner.compiler import CompilationCounter
+
+        self._compilations = CompilationCounter()
+        self._core = build_core(args, resolve_model(args.model, revision=args.revision, load_format=args.load_format))
+        self._inbox, self._outbox = requests, outputs
+        self._requests: dict[int, Request] = {}
+        self._keys: dict[Request, int] = {}
+        self._metrics: list[Metric] = []
+        self.limits = self._core.runner.config.limits
+
+    def run(self) -> None:
+        """Takes messages and steps, until it is told to end."""
+        try:
+            while self._take_messages():
+                updates = self._step() if self._core.has_unfinished_requests() else []
+                if not self._core.has_unfinished_requests():
+                    self._core.drain()
+                metrics = collect_metrics(self._core, self._compilations.count)
+                if updates or metrics != self._metrics:
+                    self._metrics = metrics
+                    self._send(wire.Step(updates, list(metrics)))
+        finally:
+            self._core.close()
+
+    def _step(self) -> list[wire.Update]:
+        updates = []
+        for update in self._core.step():
+            key = self._keys[update.request]
+            updates.append(wire.Update.of(key, update))
+            if update.finished:
+                self._forget(key)
+        return updates
+
+    def _take_messages(self) -> bool:
+        """Takes all messages that are there, and waits for one if there is nothing else to do; False at the end."""
+        wait = not self._core.has_unfinished_requests()
+        while True:
+            try:
+                message = wire.decode_to_core(self._inbox.recv(0 if wait else zmq.NOBLOCK))
+            except zmq.Again:
+                return True
+            wait = False
+            if isinstance(message, wire.Shutdown):
+                return False
+            if isinstance(message, wire.Add):
+                self._add(message)
+            elif (request := self._requests.get(message.key)) is not None:
+                self._core.finish_request(request.request_id, RequestStatus[message.status])
+                self._forget(message.key)
+
+    def _add(self, message: wire.Add) -> None:
+        try:
+            request = message.request()
+            self._core.add_request(request)
+        except ValueError as error:
+            self._send(wire.Refused(message.key, str(error)))
+        else:
+            self._requests[message.key] = request
+            self._keys[request] = message.key
+
+    def _forget(self, key: int) -> None:
+        del self._keys[self._requests.pop(key)]
+
+    def _send(self, message: Any) -> None:
+        self._outbox.send(wire.encode(message))
+
+
+def main() -> int:
+    """Runs the process; its arguments are one line of JSON on stdin, which stays open as long as its parent lives."""
+    # Whoever ends the server by a signal to all of its processes means the parent, which lets requests finish first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    given = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("jaxengine").setLevel(given["log_level"])
+    context = zmq.Context()
+    requests, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket, address in ((requests, given["requests"]), (outputs, given["outputs"])):
+        socket.set_hwm(0)  # a step never waits for a slow front
+        socket.connect(address)
+    failure = None
+    try:
+        process = CoreProcess(EngineArgs(**given["engine_args"]), requests, outputs)
+        outputs.send(wire.encode(wire.Ready(process.limits)))
+        process.run()
+    except Exception as error:
+        is_users = isinstance(error, ValueError | OSError)
+        if not is_users or given["log_level"] <= logging.DEBUG:
+            logger.exception("the engine core has failed")
+        failure = wire.Failed(str(error) if is_users else f"{type(error).__name__}: {error}", is_users)
+        outputs.send(wire.encode(failure))
+    context.destroy(linger=1000)
+    return 0 if failure is None else 1
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

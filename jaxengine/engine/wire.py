@@ -1,0 +1,199 @@
+"""What the front and the core process tell each other: msgpack, one message a ZeroMQ frame."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from jaxengine.config import ModelLimits
+from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
+from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.metrics import Metric
+from jaxengine.sampling_params import SamplingParams
+
+NOT_SENT = {"logits_processors", "output_kind", "stop", "bad_words", "bad_words_token_ids", "extra_args", "n"}
+"""Fields of `SamplingParams` that the front alone reads, that cannot be sent, or that are sent by themselves."""
+
+
+class Add(msgspec.Struct, tag=True, array_like=True):
+    """Front to core: queue a request.
+
+    Attributes:
+        key: Names the request in all later messages; never used again, unlike a caller's id.
+        sampling_params: Fields that differ from their defaults.
+        bad_words_token_ids: See `SamplingParams`.
+    """
+
+    key: int
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: dict[str, Any]
+    bad_words_token_ids: list[list[int]]
+    max_tokens: int
+    stop_token_ids: list[int]
+    priority: int
+    arrival_time: float
+    cache_salt: str | None
+
+    @classmethod
+    def of(cls, key: int, request: Request) -> Add:
+        params = request.sampling_params
+        return cls(
+            key,
+            request.request_id,
+            request.prompt_token_ids,
+            {name: value for name in _SENT if (value := getattr(params, name)) != _DEFAULTS[name]},
+            params.bad_words_token_ids or [],
+            request.max_tokens,
+            list(request.stop_token_ids),
+            request.priority,
+            request.arrival_time,
+            request.cache_salt,
+        )
+
+    def request(self) -> Request:
+        """Makes the request anew, on the other side."""
+        params = SamplingParams(**self.sampling_params)
+        params.bad_words_token_ids = self.bad_words_token_ids
+        return Request(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            sampling_params=params,
+            max_tokens=self.max_tokens,
+            stop_token_ids=frozenset(self.stop_token_ids),
+            priority=self.priority,
+            arrival_time=self.arrival_time,
+            cache_salt=self.cache_salt,
+        )
+
+
+_SENT = [field.name for field in dataclasses.fields(SamplingParams) if field.name not in NOT_SENT]
+_DEFAULTS = vars(SamplingParams())
+
+
+class Finish(msgspec.Struct, tag=True, array_like=True):
+    """Front to core: end a request, which may have ended already. `status` names a `RequestStatus`."""
+
+    key: int
+    status: str
+
+
+class Shutdown(msgspec.Struct, tag=True, array_like=True):
+    """Front to core: end the process."""
+
+
+class Rows(msgspec.Struct, array_like=True):
+    """A `TokenLogprobs` as bytes."""
+
+    num_rows: int
+    token_ids: bytes
+    logprobs: bytes
+    ranks: bytes
+
+    @classmethod
+    def of(cls, values: TokenLogprobs) -> Rows:
+        return cls(
+            len(values.ranks),
+            values.token_ids.astype(np.int32).tobytes(),
+            values.logprobs.astype(np.float32).tobytes(),
+            values.ranks.astype(np.int32).tobytes(),
+        )
+
+    def values(self) -> TokenLogprobs:
+        return TokenLogprobs(
+            np.frombuffer(self.token_ids, np.int32).reshape(self.num_rows, -1),
+            np.frombuffer(self.logprobs, np.float32).reshape(self.num_rows, -1),
+            np.frombuffer(self.ranks, np.int32),
+        )
+
+
+class Update(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one step gave one request: a `SampledUpdate`, and the fields of its `Request` that outputs tell of."""
+
+    key: int
+    new_token_ids: list[int]
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    status: str | None = None  # names a finished `RequestStatus`
+    stop_reason: int | None = None
+    logprobs: Rows | None = None
+    prompt_logprobs: Rows | None = None
+
+    @classmethod
+    def of(cls, key: int, update: SampledUpdate) -> Update:
+        request = update.request
+        # A stop string is the front's business: the core's reasons are tokens.
+        reason = request.stop_reason if isinstance(request.stop_reason, int) else None
+        return cls(
+            key,
+            list(update.new_token_ids),
+            request.num_cached_tokens,
+            request.num_preemptions,
+            request.status.name if update.finished else None,
+            reason,
+            None if update.logprobs is None else Rows.of(update.logprobs),
+            None if update.prompt_logprobs is None else Rows.of(update.prompt_logprobs),
+        )
+
+    def apply(self, request: Request) -> SampledUpdate:
+        """Brings the front's copy of the request up to date."""
+        request.num_cached_tokens = self.num_cached_tokens
+        request.num_preemptions = self.num_preemptions
+        if self.status is not None:
+            request.status = RequestStatus[self.status]
+            request.stop_reason = self.stop_reason
+        return SampledUpdate(
+            request,
+            self.new_token_ids,
+            self.status is not None,
+            None if self.logprobs is None else self.logprobs.values(),
+            None if self.prompt_logprobs is None else self.prompt_logprobs.values(),
+        )
+
+
+class Ready(msgspec.Struct, tag=True, array_like=True):
+    """Core to front: the model is loaded and requests can run."""
+
+    limits: ModelLimits
+
+
+class Step(msgspec.Struct, tag=True, array_like=True):
+    """Core to front: what a step gave.
+
+    Attributes:
+        updates: One for each request that gained something.
+        metrics: The core's metrics after it.
+    """
+
+    updates: list[Update]
+    metrics: list[Metric]
+
+
+class Refused(msgspec.Struct, tag=True, array_like=True):
+    """Core to front: a request cannot run, and why."""
+
+    key: int
+    message: str
+
+
+class Failed(msgspec.Struct, tag=True, array_like=True):
+    """Core to front: the last message of a core that could not start, or that broke down.
+
+    Attributes:
+        message: What happened.
+        is_users: Whether an argument or a file is wrong, so that a user can mend it.
+    """
+
+    message: str
+    is_users: bool = False
+
+
+ToCore = Add | Finish | Shutdown
+ToFront = Ready | Step | Refused | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
+decode_to_front = msgspec.msgpack.Decoder(ToFront).decode

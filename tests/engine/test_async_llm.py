@@ -1,0 +1,212 @@
+"""`AsyncLLM`: what it generates, how requests end, and what a dead core means. One core process for all."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jaxengine import LLM, AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams
+from jaxengine.engine.core_client import EngineDeadError
+
+# Fewer pages than the longest request would take, so that the core has something to refuse.
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": 40,
+    "warmup": "lazy",
+}
+LONG = SamplingParams(temperature=1, seed=1, max_tokens=600, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def llm(tiny, runner):
+    llm = AsyncLLM(EngineArgs(model=str(tiny), **ENGINE))
+    yield llm
+    llm.shutdown()
+
+
+async def collect(llm: AsyncLLM, prompt: Any, params: SamplingParams, request_id: str = "r") -> list[RequestOutput]:
+    return [output async for output in llm.generate(prompt, params, request_id)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def gauge(llm: AsyncLLM, name: str) -> float:
+    return next(metric.value for metric in llm.get_metrics() if metric.name == f"jaxengine:{name}")
+
+
+def test_gives_what_llm_gives(llm, tiny, runner):
+    asked = [
+        ("some text", SamplingParams(temperature=0, max_tokens=9, logprobs=2, prompt_logprobs=1, ignore_eos=True)),
+        ([9, 8, 7], SamplingParams(n=2, temperature=2.0, seed=3, max_tokens=9, min_p=0.001, logit_bias={50: 3.0})),
+        ("abc", SamplingParams(temperature=0, max_tokens=9, bad_words=["e"], stop_token_ids=[77], min_tokens=3)),
+    ]
+
+    async def all_of_them():
+        return await asyncio.gather(*(collect(llm, p, params, str(i)) for i, (p, params) in enumerate(asked)))
+
+    got = [outputs[-1] for outputs in runner.run(all_of_them())]
+    with LLM(str(tiny), **ENGINE) as offline:
+        expected = offline.generate([p for p, _ in asked], [params for _, params in asked], use_tqdm=False)
+    for one, other in zip(got, expected, strict=True):
+        assert one.prompt_token_ids == other.prompt_token_ids
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert (a.text, a.token_ids, a.finish_reason, a.stop_reason) == (
+                b.text,
+                b.token_ids,
+                b.finish_reason,
+                b.stop_reason,
+            )
+    first, second = got[0], expected[0]
+    assert first.outputs[0].logprobs is not None
+    assert [list(step) for step in first.outputs[0].logprobs] == [list(s) for s in second.outputs[0].logprobs or []]
+    assert first.prompt_logprobs is not None
+    assert second.prompt_logprobs is not None
+    assert [step and list(step) for step in first.prompt_logprobs] == [s and list(s) for s in second.prompt_logprobs]
+
+
+def test_deltas_add_up_and_a_stop_string_ends_the_request_in_the_core(llm, runner):
+    plain = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    whole = runner.run(collect(llm, "abc", plain))[-1].outputs[0].text
+    stop = whole[4:6]
+    params = SamplingParams(
+        temperature=0, max_tokens=600, ignore_eos=True, stop=stop, output_kind=RequestOutputKind.DELTA
+    )
+    outputs = runner.run(collect(llm, "abc", params))
+    assert "".join(output.outputs[0].text for output in outputs) == whole[: whole.index(stop)]
+    assert outputs[-1].outputs[0].stop_reason == stop
+    assert len(outputs) > 1
+    runner.run(until(lambda: gauge(llm, "num_requests_running") == 0))
+
+
+def test_a_slow_reader_gets_merged_outputs(llm, runner):
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+
+    async def slow():
+        outputs = []
+        async for output in llm.generate("abc", params, "slow"):
+            outputs.append(output)
+            await until(lambda: llm.num_unfinished_requests == 0)
+        return outputs
+
+    outputs = runner.run(slow())
+    assert 1 <= len(outputs) <= 2
+    assert sum(len(output.outputs[0].token_ids) for output in outputs) == 30
+
+
+@pytest.mark.parametrize("how", ["cancel", "leave"])
+def test_whoever_leaves_frees_the_pages(llm, runner, how):
+    async def leave():
+        async def read():
+            outputs = llm.generate("some text", LONG.clone(), "leaver")
+            async for _ in outputs:
+                started.set()
+                if how == "leave":
+                    break
+            await outputs.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+
+        started = asyncio.Event()
+        task = asyncio.create_task(read())
+        await started.wait()
+        await until(lambda: gauge(llm, "kv_cache_usage_perc") > 0)
+        task.cancel()
+        await asyncio.wait([task])
+        await until(lambda: gauge(llm, "kv_cache_usage_perc") == gauge(llm, "num_requests_running") == 0)
+        return gauge(llm, "generation_tokens")
+
+    before = gauge(llm, "generation_tokens")
+    assert runner.run(leave()) - before < 600
+    assert llm.num_unfinished_requests == 0
+
+
+def test_abort_ends_the_stream_with_what_there_is(llm, runner):
+    async def aborted():
+        outputs = []
+        async for output in llm.generate("some text", LONG.clone(), "victim"):
+            outputs.append(output)
+            llm.abort("victim")
+        return outputs
+
+    last = runner.run(aborted())[-1]
+    assert last.finished
+    assert last.outputs[0].finish_reason == "abort"
+    assert last.outputs[0].token_ids
+
+
+def test_an_id_can_be_used_again_at_once(llm, runner):
+    async def again():
+        async for _ in (outputs := llm.generate("some text", LONG.clone(), "same")):
+            break
+        await outputs.aclose()
+        return await collect(llm, "abc", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), "same")
+
+    expected = runner.run(collect(llm, "abc", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)))
+    assert runner.run(again())[-1].outputs[0].token_ids == expected[-1].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("", {}, "at least one token"),
+        ([5] * 2000, {}, "max_model_len"),
+        ("x", {"logprobs": 50}, "max_logprobs"),
+        ("x", {"logits_processors": [abs]}, "another process"),
+    ],
+)
+def test_wrong_requests_are_refused(llm, runner, prompt, params, message):
+    with pytest.raises(ValueError, match=message):
+        runner.run(collect(llm, prompt, SamplingParams(**params)))
+    assert llm.num_unfinished_requests == 0
+
+
+def test_what_only_the_core_can_refuse_fails_that_request_alone(llm, runner):
+    async def both():
+        params = SamplingParams(temperature=1, n=2, max_tokens=3, ignore_eos=True)
+        return await asyncio.gather(
+            collect(llm, [7] * 800, params, "too long"), collect(llm, [7] * 9, params, "b"), return_exceptions=True
+        )
+
+    refused, served = runner.run(both())
+    assert isinstance(refused, ValueError)
+    assert "the KV cache of 40 pages" in str(refused)
+    assert isinstance(served, list)
+    assert llm.num_unfinished_requests == 0
+
+
+def test_what_is_wrong_at_start_is_told(tiny):
+    with pytest.raises(ValueError, match="max_model_len=9999"):
+        AsyncLLM(EngineArgs(model=str(tiny), max_model_len=9999))
+    with pytest.raises(ValueError, match="does not exist"):
+        AsyncLLM(EngineArgs(model="/no/such/model"))
+
+
+def test_when_the_core_dies_requests_fail(llm, runner):
+    """Must be the last one: nothing runs any more."""
+
+    async def die():
+        task = asyncio.create_task(collect(llm, [7] * 9, LONG.clone(), "c"))
+        await until(lambda: gauge(llm, "num_requests_running") == 1)
+        llm._client._process.kill()
+        with pytest.raises(EngineDeadError, match="exit code -9"):
+            await task
+        with pytest.raises(EngineDeadError):
+            await collect(llm, "x", LONG.clone())
+        with pytest.raises(EngineDeadError):
+            llm.check_health()
+
+    runner.run(die())
