@@ -15,6 +15,7 @@ from jaxengine import __version__
 COMMANDS = {
     "generate": "continue prompts, streaming the text as it is generated",
     "chat": "talk with a model",
+    "serve": "serve a model to OpenAI's clients over HTTP",
     "compile": "plan for TPUs on a machine that has none",
     "bench": "measure throughput, decode steps and start-up time",
 }

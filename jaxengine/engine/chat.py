@@ -33,6 +33,12 @@ def normalize_conversations(messages: Sequence[Message] | Sequence[Sequence[Mess
     return [list(conversation) for conversation in messages]  # pyright: ignore[reportReturnType]
 
 
+# What else `apply_chat_template` takes by name: variables of these names would change what it does.
+_RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+}
 _EXAMPLE = '{"role": "user", "content": "Hello"}'
 
 
@@ -60,6 +66,9 @@ def render_chat(
     Raises:
         ValueError: No template; no messages; a message of a wrong form or role; the template refused them.
     """
+    reserved = [name for name in chat_template_kwargs or () if name in _RESERVED]
+    if reserved:
+        raise ValueError(f"chat_template_kwargs: {reserved[0]!r} is no variable of a template's own")
     if add_generation_prompt and continue_final_message:
         raise ValueError(
             "add_generation_prompt=True begins a new message: it must be False with continue_final_message=True"
@@ -85,7 +94,8 @@ def render_chat(
             tokenize=False,
             **(chat_template_kwargs or {}),
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        # A template is a program: what it does with unforeseen messages may fail in any of these ways.
         raise ValueError(f"the chat template refused the messages: {error}") from error
     assert isinstance(text, str)
     return text

@@ -48,17 +48,22 @@ class CoreProcess:
 
     def run(self) -> None:
         """Takes messages and steps, until it is told to end."""
+        self._report([])
         try:
             while self._take_messages():
                 updates = self._step() if self._core.has_unfinished_requests() else []
                 if not self._core.has_unfinished_requests():
                     self._core.drain()
-                metrics = collect_metrics(self._core, self._compilations.count)
-                if updates or metrics != self._metrics:
-                    self._metrics = metrics
-                    self._send(wire.Step(updates, list(metrics)))
+                self._report(updates)
         finally:
             self._core.close()
+
+    def _report(self, updates: list[wire.Update]) -> None:
+        """Tells the front what is new."""
+        metrics = collect_metrics(self._core, self._compilations.count)
+        if updates or metrics != self._metrics:
+            self._metrics = metrics
+            self._send(wire.Step(updates, metrics))
 
     def _step(self) -> list[wire.Update]:
         updates = []

@@ -84,7 +84,7 @@ class EngineFront:
         try:
             for child in processed.children:
                 self._core.add_request(child)
-        except ValueError:
+        except BaseException:
             self.abort([processed.request_id])
             raise
 

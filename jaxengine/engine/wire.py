@@ -14,8 +14,11 @@ from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import Metric
 from jaxengine.sampling_params import SamplingParams
 
-NOT_SENT = {"logits_processors", "output_kind", "stop", "bad_words", "bad_words_token_ids", "extra_args", "n"}
-"""Fields of `SamplingParams` that the front alone reads, that cannot be sent, or that are sent by themselves."""
+NOT_SENT = {
+    *("n", "stop", "bad_words", "bad_words_token_ids", "max_tokens", "truncate_prompt_tokens"),
+    *("output_kind", "logits_processors", "extra_args"),
+}
+"""Fields of `SamplingParams` that the front alone reads, that cannot be sent, or that are sent in another form."""
 
 
 class Add(msgspec.Struct, tag=True, array_like=True):
@@ -56,7 +59,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
 
     def request(self) -> Request:
         """Makes the request anew, on the other side."""
-        params = SamplingParams(**self.sampling_params)
+        params = SamplingParams(**self.sampling_params, max_tokens=None)
         params.bad_words_token_ids = self.bad_words_token_ids
         return Request(
             request_id=self.request_id,

@@ -13,13 +13,13 @@ from jaxengine.engine.core_client import EngineDeadError
 # Fewer pages than the longest request would take, so that the core has something to refuse.
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
-    "max_model_len": 1024,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "num_gpu_blocks_override": 40,
+    "max_model_len": 1000,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "num_gpu_blocks_override": 60,
     "warmup": "lazy",
 }
-LONG = SamplingParams(temperature=1, seed=1, max_tokens=600, ignore_eos=True)
+LONG = SamplingParams(temperature=1, seed=1, max_tokens=800, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_deltas_add_up_and_a_stop_string_ends_the_request_in_the_core(llm, runne
     whole = runner.run(collect(llm, "abc", plain))[-1].outputs[0].text
     stop = whole[4:6]
     params = SamplingParams(
-        temperature=0, max_tokens=600, ignore_eos=True, stop=stop, output_kind=RequestOutputKind.DELTA
+        temperature=0, max_tokens=800, ignore_eos=True, stop=stop, output_kind=RequestOutputKind.DELTA
     )
     outputs = runner.run(collect(llm, "abc", params))
     assert "".join(output.outputs[0].text for output in outputs) == whole[: whole.index(stop)]
@@ -130,7 +130,7 @@ def test_whoever_leaves_frees_the_pages(llm, runner, how):
         return gauge(llm, "generation_tokens")
 
     before = gauge(llm, "generation_tokens")
-    assert runner.run(leave()) - before < 600
+    assert runner.run(leave()) - before < 800
     assert llm.num_unfinished_requests == 0
 
 
@@ -178,12 +178,12 @@ def test_what_only_the_core_can_refuse_fails_that_request_alone(llm, runner):
     async def both():
         params = SamplingParams(temperature=1, n=2, max_tokens=3, ignore_eos=True)
         return await asyncio.gather(
-            collect(llm, [7] * 800, params, "too long"), collect(llm, [7] * 9, params, "b"), return_exceptions=True
+            collect(llm, [7] * 970, params, "too long"), collect(llm, [7] * 9, params, "b"), return_exceptions=True
         )
 
     refused, served = runner.run(both())
     assert isinstance(refused, ValueError)
-    assert "the KV cache of 40 pages" in str(refused)
+    assert "the KV cache of 60 pages" in str(refused)
     assert isinstance(served, list)
     assert llm.num_unfinished_requests == 0
 

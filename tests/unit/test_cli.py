@@ -11,7 +11,7 @@ import time
 import pytest
 
 from jaxengine import EngineArgs, SamplingParams, __version__
-from jaxengine.cli import chat, generate
+from jaxengine.cli import chat, generate, serve
 from jaxengine.cli.engine_flags import attribute_docs, engine_kwargs, sampling_kwargs
 from jaxengine.cli.main import main, parse_args
 from jaxengine.outputs import CompletionOutput, RequestOutput
@@ -25,12 +25,17 @@ SMALL = ["--max-model-len", "128", "--max-num-batched-tokens", "16"]
 
 def flags_of(command: str) -> set[str]:
     parser = argparse.ArgumentParser()
-    {"generate": generate, "chat": chat}[command].add_arguments(parser)
+    {"generate": generate, "chat": chat, "serve": serve}[command].add_arguments(parser)
     return {action.dest for action in parser._actions}
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
-@pytest.mark.parametrize("cls", [EngineArgs, SamplingParams])
+@pytest.mark.parametrize(
+    ("command", "cls"),
+    [
+        *((command, cls) for command in ("generate", "chat") for cls in (EngineArgs, SamplingParams)),
+        ("serve", EngineArgs),
+    ],
+)
 def test_every_field_has_a_flag(command, cls):
     fields = {field.name for field in dataclasses.fields(cls)}
     assert fields - flags_of(command) == NOT_FOR_A_SHELL[cls]
@@ -85,7 +90,7 @@ def test_help_answers_at_once_and_imports_little(argv):
     assert ("generate" in done.stdout) if argv == ["--help"] else (done.stdout == f"jaxengine {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "bench throughput", "bench latency", "bench startup"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "bench throughput", "bench latency", "bench startup"])
 def test_help_of_commands(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])

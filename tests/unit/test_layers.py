@@ -35,7 +35,8 @@ ALLOWED = {
     "llm": ENGINE,
     "bench": {"llm", *ENGINE},
     "plan": {"bench", *ENGINE},
-    "cli": {"llm", "bench", "plan", *ENGINE},
+    "server": ENGINE,
+    "cli": {"llm", "bench", "plan", "server", *ENGINE},
     "__main__": {"cli"},
 }
 # The record that the parts of the engine pass around: importing it is importing no layer.

@@ -1,0 +1,88 @@
+"""`jaxengine serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+
+from jaxengine.cli.common import Status, add_common_flags
+from jaxengine.cli.engine_flags import add_engine_flags, engine_kwargs
+
+NEEDED = ("fastapi", "uvicorn", "zmq", "msgspec", "prometheus_client")
+"""Modules of the extra `server`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
+    parser.usage = "%(prog)s [MODEL] [--host HOST] [--port N] [--api-key KEY] [other flags]"
+    text = "what --model takes: a folder, a .gguf file or a hub id (default: SmolLM2-135M-Instruct)"
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=text)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 for all networks (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
+    text = "clients must bring this key, or one of them: can be repeated (default: the server is open)"
+    group.add_argument("--api-key", action="append", default=[], metavar="KEY", help=text)
+    text = "a name of the model in requests: can be repeated (default: MODEL as given)"
+    group.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=text)
+    text = "completions that may wait for a place; beyond, requests are answered 429 (default: %(default)s)"
+    group.add_argument("--max-queue", type=int, default=1024, metavar="N", help=text)
+    text = "a request may take so long, then it is answered 504 (default: as long as it takes)"
+    group.add_argument("--request-timeout", type=float, metavar="SECONDS", help=text)
+    text = "size of a request's body at most (default: %(default)s)"
+    group.add_argument("--max-body-size", type=int, default=16 * 2**20, metavar="BYTES", help=text)
+    text = "what requests in flight get to finish after SIGTERM or Ctrl-C (default: %(default)s)"
+    group.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=text)
+    add_common_flags(parser)
+    add_engine_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0 after a signal, 1 if the engine has died.
+
+    Raises:
+        ValueError: A wrong argument or model, or the extra `server` is not installed.
+        OSError: The address is not free.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the server needs {', '.join(missing)}: pip install 'jaxengine[server]'")
+    from jaxengine.engine.async_llm import AsyncLLM, EngineDeadError
+    from jaxengine.engine_args import EngineArgs
+    from jaxengine.loading.resolve import DEFAULT_MODEL
+    from jaxengine.server.run import bind, run_server
+    from jaxengine.server.state import ServerSettings
+
+    given = engine_kwargs(args)
+    if args.positional_model is not None:
+        if given.get("model", args.positional_model) != args.positional_model:
+            raise ValueError(f"model={given['model']!r}: another one than MODEL, {args.positional_model!r}; give one")
+        given["model"] = args.positional_model
+    settings = ServerSettings(
+        served_model_names=tuple(args.served_model_name) or (given.get("model") or DEFAULT_MODEL,),
+        api_keys=tuple(args.api_key),
+        max_queue=args.max_queue,
+        request_timeout=args.request_timeout,
+        max_body_size=args.max_body_size,
+        shutdown_timeout=args.shutdown_timeout,
+    )
+    # Until the server has its own handlers, and even while the model loads: what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    status = Status(quiet=args.quiet)
+    with bind(args.host, args.port) as sock:
+        status.show(f"loading {settings.served_model_names[0]} and compiling (a first start takes longer) ...")
+        try:
+            llm = AsyncLLM(EngineArgs(**given))
+        except EngineDeadError as error:
+            raise ValueError(str(error)) from error
+        finally:
+            status.clear()
+        try:
+            return run_server(llm, settings, sock, access_log=args.debug)
+        finally:
+            llm.shutdown()

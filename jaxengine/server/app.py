@@ -1,0 +1,75 @@
+"""The application: all endpoints, and what every request passes first."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from jaxengine import __version__
+from jaxengine.engine.async_llm import AsyncLLM
+from jaxengine.server import chat, completions, tokens
+from jaxengine.server.errors import add_error_handlers
+from jaxengine.server.generation import json_response
+from jaxengine.server.metrics import FORMAT, make_registry, render
+from jaxengine.server.middleware import LimitBody, RequireKey
+from jaxengine.server.state import ServerSettings, ServerState
+
+
+def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
+    """Makes the application of a model."""
+    # The pages that show the schema load scripts from elsewhere: there are none.
+    app = FastAPI(title="jaxengine", version=__version__, docs_url=None, redoc_url=None)
+    server = app.state.server = ServerState(llm, settings)
+    add_error_handlers(app)
+    app.add_middleware(LimitBody, max_body_size=settings.max_body_size)
+    if settings.api_keys:
+        app.add_middleware(RequireKey, api_keys=settings.api_keys)
+    for part in (completions, chat, tokens):
+        app.include_router(part.router)
+    _add_models(app, server)
+    _add_probes(app, server)
+    return app
+
+
+def _add_models(app: FastAPI, server: ServerState) -> None:
+    created = int(time.time())
+
+    def entry(name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "jaxengine",
+            "root": server.settings.served_model_names[0],
+            "parent": None,
+            "max_model_len": server.llm.limits.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return json_response({"object": "list", "data": [entry(name) for name in server.settings.served_model_names]})
+
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> Response:
+        return json_response(entry(server.model_name(model)))
+
+
+def _add_probes(app: FastAPI, server: ServerState) -> None:
+    registry = make_registry(server)
+
+    @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
+    async def health(request: Request) -> Response:
+        server.llm.check_health()
+        return Response()
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(render(registry), media_type=FORMAT)

@@ -1,0 +1,77 @@
+"""What every request passes before its endpoint: the key, and the size of its body."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxengine.server.errors import APIError
+
+OPEN_PATHS = ("/health", "/ping", "/metrics")
+"""What probes ask for, which have no key."""
+
+
+class RequireKey:
+    """Answers 401 to whoever brings no valid key (`Authorization: Bearer KEY`)."""
+
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]):
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_valid(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = APIError(
+            401,
+            "a valid API key is needed: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await error.response()(scope, receive, send)
+
+    def _is_valid(self, headers: Headers) -> bool:
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        # Digests are of one length, and all are compared: the time says nothing about a key.
+        given = _digest(key.strip().encode("latin-1"))
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return kind.lower() == "bearer" and any(matches)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+class LimitBody:
+    """Answers 413 to a body that is too large, before it is all in memory."""
+
+    def __init__(self, app: ASGIApp, max_body_size: int):
+        self._app, self._limit = app, max_body_size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > self._limit:
+            await self._error().response()(scope, receive, send)
+            return
+        num_received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > self._limit:
+                raise self._error()
+            return message
+
+        await self._app(scope, receive_limited, send)
+
+    def _error(self) -> APIError:
+        # What is still to come of the body is not read: the connection cannot be used again.
+        message = f"the body is larger than {self._limit} bytes"
+        return APIError(413, message, code="body_too_large", headers={"Connection": "close"})

@@ -1,0 +1,231 @@
+"""Bodies of requests, as OpenAI has them, with vLLM's additions; everything else is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from jaxengine.engine.inputs import Prompt
+from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+from jaxengine.server.errors import APIError
+
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+TokenIds = list[Int32]
+
+IGNORED = {"user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "parallel_tool_calls"}
+"""Fields that say nothing about what is generated."""
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "reasoning_effort": (),
+    "chat_template": (),
+    "documents": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+}
+"""Fields that are known and not supported, and their values that ask for nothing."""
+_OF_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Body(BaseModel):
+    """What all bodies share: types are taken literally, null is the same as nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: Any) -> Any:
+        """Drops what asks for nothing; raises APIError for what is asked in vain."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
+                raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_field")
+            if value is not None and name not in UNSUPPORTED and (name not in IGNORED or name in cls.model_fields):
+                kept[name] = value
+        return kept
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class GenerationBody(Body):
+    """What completions and chat completions share. Ranges are checked by `SamplingParams`."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Int32 = 1
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: Int32 | None = None
+    min_tokens: Int32 | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int32 | None = None
+    prompt_logprobs: Int32 | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: TokenIds | None = None
+    priority: Int32 = 0
+    cache_salt: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        """Checks what fields say together.
+
+        Raises:
+            APIError: They do not fit.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise APIError(400, "stream_options: only with stream=true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise APIError(400, "prompt_logprobs: only with stream=false", param="prompt_logprobs")
+
+    def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
+        """Makes parameters: `decided`, then what the body gives, then the model's recommendations.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        names = {name for name in SamplingParams.__dataclass_fields__ if name in GenerationBody.model_fields}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
+        recommended = {name: getattr(default, name) for name in _OF_MODEL}
+        fields: dict[str, Any] = recommended | given | {"output_kind": kind} | decided
+        return SamplingParams(**fields)
+
+
+class CompletionBody(GenerationBody):
+    """Body of /v1/completions."""
+
+    prompt: Any
+    echo: bool = False
+    logprobs: Int32 | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether only the prompt, with its log probabilities, is asked for."""
+        return self.echo and self.max_tokens == 0
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts: text or token ids, one or several.
+
+        Raises:
+            APIError: They are of another form.
+        """
+        several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
+        prompts = []
+        for value in self.prompt if several else [self.prompt]:
+            if isinstance(value, str):
+                prompts.append(Prompt(value, None, self.cache_salt, self.add_special_tokens))
+            elif isinstance(value, list) and all(type(token) is int for token in value):
+                prompts.append(Prompt(None, value, self.cache_salt))
+            else:
+                prompts = []
+                break
+        if not prompts:
+            accepted = "a string, a list of token ids, or a list of such that is not empty"
+            raise APIError(400, f"prompt must be {accepted}", param="prompt")
+        return prompts
+
+    def sampling_params(self, default: SamplingParams) -> SamplingParams:
+        decided: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.prompt_only:
+            decided["max_tokens"] = 1  # an engine always samples; nobody sees it
+        if self.echo and self.logprobs is not None:
+            decided["prompt_logprobs"] = self.logprobs
+        return self.make_params(default, **decided)
+
+
+class ChatBody(GenerationBody):
+    """Body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Int32 | None = None
+    logprobs: bool = False
+    top_logprobs: Int32 | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise APIError(400, "top_logprobs: only with logprobs=true", param="top_logprobs")
+
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of `render_chat`."""
+        return template_options(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
+
+    def sampling_params(self, default: SamplingParams) -> SamplingParams:
+        longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.make_params(default, max_tokens=longest, logprobs=logprobs)
+
+
+class TokenizeBody(Body):
+    """Body of /tokenize: a prompt or messages."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of `render_chat`."""
+        return template_options(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
+
+
+class DetokenizeBody(Body):
+    """Body of /detokenize."""
+
+    tokens: TokenIds
+
+
+def template_options(add: bool | None, continue_final: bool, variables: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of `render_chat`: an answer is begun unless told otherwise, or a message is to be continued."""
+    return {
+        "add_generation_prompt": not continue_final if add is None else add,
+        "continue_final_message": continue_final,
+        "chat_template_kwargs": variables,
+    }

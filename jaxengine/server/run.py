@@ -1,0 +1,103 @@
+"""Runs the application on a socket until a signal, or the death of the engine, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from jaxengine.engine.async_llm import AsyncLLM, EngineDeadError
+from jaxengine.server.app import make_app
+from jaxengine.server.state import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+DEATH_NOTICE_SECONDS = 2.0
+"""How long the server tells everybody that its engine is dead before it ends."""
+CUT_SECONDS = 2
+"""How long answers that were cut get to reach their readers."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address, without listening yet: it is found out early that it is not free.
+
+    Raises:
+        OSError: It is not, or there is no such address.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise OSError(f"host={host!r}, port={port}: {error.strerror}") from error
+    return sock
+
+
+def run_server(llm: AsyncLLM, settings: ServerSettings, sock: socket.socket, *, access_log: bool = False) -> int:
+    """Serves until it is told to end.
+
+    SIGTERM and SIGINT close the socket; requests in flight may finish until `settings.shutdown_timeout`, and then end
+    with what they have and finish reason "abort". A second signal does not wait.
+
+    Returns:
+        The exit code: 0, or 1 if the engine has died.
+    """
+    config = uvicorn.Config(
+        make_app(llm, settings),
+        log_config=None,
+        log_level="info" if access_log else "error",
+        access_log=access_log,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=round(settings.shutdown_timeout) + CUT_SECONDS,
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_serve(_Server(config), llm, settings, sock))
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # `_serve` has its own
+
+
+async def _serve(server: _Server, llm: AsyncLLM, settings: ServerSettings, sock: socket.socket) -> int:
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        if server.should_exit:
+            server.force_exit = True
+            llm.abort_all()
+        server.should_exit = True
+        loop.call_later(settings.shutdown_timeout, llm.abort_all)
+
+    def die(error: EngineDeadError) -> None:
+        logger.error("%s; the server ends", error)
+        loop.call_later(DEATH_NOTICE_SECONDS, end)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(end))
+    llm.on_death = die
+    llm.start()
+    host, port = sock.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    names = ", ".join(settings.served_model_names)
+    await _listen(server, sock, f"serving {names} on http://{shown}:{port}")
+    return 0 if llm.dead_error is None else 1
+
+
+async def _listen(server: _Server, sock: socket.socket, message: str) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        print(message, file=sys.stderr, flush=True)
+    await serving

@@ -1,0 +1,121 @@
+"""Two servers of the tiny model, in processes of their own, for all tests of this folder."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+KEY = "secret"
+MAX_NUM_SEQS, MAX_QUEUE = 8, 40
+ROOM = MAX_NUM_SEQS + MAX_QUEUE
+MAX_BODY_SIZE = 20_000
+SHUTDOWN_SECONDS = 3.0
+README_NAME = "smollm2-135m-instruct"
+# The shapes are those of tests/engine/test_async_llm.py: what is compiled there is not compiled here.
+ENGINE = (
+    *("--max-model-len", "1000", "--max-num-batched-tokens", "64", "--max-num-seqs", str(MAX_NUM_SEQS)),
+    *("--num-gpu-blocks-override", "60", "--warmup", "lazy", "--dtype", "float32"),
+)
+
+
+class Server:
+    """`jaxengine serve` on a free port."""
+
+    def __init__(self, model: Path, *arguments: str):
+        command = [sys.executable, "-m", "jaxengine", "serve", str(model), "--port", "0", *ENGINE, *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._found = threading.Event()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    @property
+    def url(self) -> str:
+        """Waits until the server listens."""
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"on (http://\S+)\n", "".join(self.lines))):
+            assert self.process.poll() is None, self.lines
+            assert time.monotonic() < deadline, self.lines
+            time.sleep(0.02)
+        return found[1]
+
+    def get(self, path: str, **options) -> httpx.Response:
+        return httpx.get(self.url + path, **options)
+
+    def post(self, path: str, body: object, **options) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, **{"timeout": 60, "headers": BEARER, **options})
+
+    def metrics(self) -> dict[str, float]:
+        """Values by name, those with several labels by all of them."""
+        lines = [line.rpartition(" ") for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {re.sub(r'\{model_name="[^"]*"\}', "", name): float(value) for name, _, value in lines}
+
+    def wait_until_idle(self) -> None:
+        """Waits until nothing runs and no page is held."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        wait_until(lambda: not any(self.metrics()[f"jaxengine:{name}"] for name in names))
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+BEARER = {"Authorization": f"Bearer {KEY}"}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def servers(tiny) -> Iterator[tuple[Server, Server]]:
+    limits = ("--max-queue", str(MAX_QUEUE), "--max-body-size", str(MAX_BODY_SIZE))
+    first = Server(
+        tiny,
+        *("--api-key", "another", "--api-key", KEY, "--served-model-name", "tiny", "--served-model-name", "alias"),
+        *("--shutdown-timeout", str(SHUTDOWN_SECONDS), *limits),
+    )
+    assert first.url  # what it compiles the second one finds in the cache
+    second = Server(tiny, "--served-model-name", README_NAME, "--request-timeout", "1.5")
+    yield first, second
+    first.close()
+    second.close()
+
+
+@pytest.fixture(scope="session")
+def server(servers) -> Server:
+    """One with keys and limits."""
+    return servers[0]
+
+
+@pytest.fixture(scope="session")
+def open_server(servers) -> Server:
+    """One without keys, in which requests may take 1.5 seconds."""
+    return servers[1]
+
+
+@pytest.fixture(scope="session")
+def client(server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client

@@ -1,0 +1,224 @@
+"""What is refused, and what becomes of clients that leave and of servers that end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import APIConnectionError, BadRequestError, InternalServerError, OpenAI, RateLimitError
+
+from tests.server.conftest import BEARER, MAX_BODY_SIZE, README_NAME, ROOM, SHUTDOWN_SECONDS, wait_until
+
+JSON = {"Content-Type": "application/json"}
+ROOT = Path(__file__).resolve().parents[2]
+USER = [{"role": "user", "content": "x"}]
+LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("completions", {"prompt": "x", "temperature": -1}, "temperature", "at least 0"),
+        ("completions", {"prompt": "x", "temperature": "1"}, "temperature", "valid number"),
+        ("completions", {"prompt": "x", "top_p": 0}, "top_p", "(0, 1]"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "at least 1"),
+        ("completions", {"prompt": "x", "max_tokens": 10**30}, "max_tokens", "less than or equal"),
+        ("completions", {"prompt": "x", "n": 0}, "n", "[1,"),
+        ("completions", {"prompt": "x", "n": 1000, "temperature": 1}, "n", "at most"),
+        ("completions", {"prompt": "x", "logprobs": 21}, "logprobs", "max_logprobs=20"),
+        ("completions", {"prompt": "x", "logit_bias": {"no": 1}}, "logit_bias", "token id"),
+        ("completions", {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "99999"),
+        ("completions", {"prompt": "x", "stop": [""]}, "stop", "not empty"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
+        ("completions", {"prompt": "x", "stream_options": {}}, "stream_options", "stream=true"),
+        ("completions", {"prompt": "x", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "stream=false"),
+        ("completions", {"prompt": "x", "no_such": 1}, "no_such", "no such field"),
+        ("completions", {"prompt": []}, "prompt", "not empty"),
+        ("completions", {"prompt": ["x", ""]}, "prompt", "prompts[1]"),
+        ("completions", {"prompt": [1, "x"]}, "prompt", "must be"),
+        ("completions", {"prompt": [99999]}, "prompt_token_ids", "99999"),
+        ("completions", {"prompt": "x" * 1000}, None, "max_model_len=1000"),
+        ("completions", {}, "prompt", "required"),
+        ("completions", [], None, "JSON object"),
+        ("chat/completions", {"messages": []}, "messages", "at least one"),
+        ("chat/completions", {"messages": [{"role": "pope", "content": "x"}]}, "messages", "role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
+        ("chat/completions", {"messages": USER, "tools": [{"type": "function"}]}, "tools", "not supported"),
+        ("chat/completions", {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "not"),
+        ("chat/completions", {"messages": USER, "top_logprobs": 2}, "top_logprobs", "logprobs=true"),
+        ("chat/completions", {"messages": USER, "chat_template_kwargs": {"tokenize": True}}, None, "tokenize"),
+        (
+            "chat/completions",
+            {"messages": USER, "continue_final_message": True, "add_generation_prompt": True},
+            None,
+            "F",
+        ),
+    ],
+)
+def test_wrong_bodies(server, path, body, param, message):
+    answer = server.post(f"/v1/{path}", body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_what_asks_for_nothing_is_accepted(client):
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=USER,
+        max_completion_tokens=2,
+        user="me",
+        response_format={"type": "text"},
+        extra_body={"tools": None, "best_of": None, "tool_choice": "none", "max_tokens": None},
+    )
+    assert answer.usage.completion_tokens <= 2
+
+
+def test_broken_json_and_wrong_places(server):
+    broken = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt":', headers=BEARER | JSON)
+    assert broken.status_code == 400
+    assert "JSON" in broken.json()["error"]["message"]
+    surrogate = httpx.post(
+        f"{server.url}/v1/completions", content=b'{"prompt": "x", "model": "\\ud800"}', headers=BEARER | JSON
+    )
+    assert surrogate.status_code in (400, 404)
+    assert server.get("/v1/completions", headers=BEARER).status_code == 405
+    missing = server.get("/v1/nothing", headers=BEARER)
+    assert missing.status_code == 404
+    assert missing.json()["error"]["type"] == "not_found_error"
+    unknown = server.post("/v1/completions", {"prompt": "x", "model": "other"})
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_bodies(server, chunked):
+    body = json.dumps({"prompt": "x" * MAX_BODY_SIZE}).encode()
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=iter([body]) if chunked else body, headers=BEARER | JSON
+    )
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_the_queue_has_an_end(server, client):
+    whole = {"n": ROOM, "stream": True, "extra_body": {"ignore_eos": True}}
+    with client.completions.create(model="tiny", prompt="x", max_tokens=900, temperature=20, **whole) as stream:
+        next(iter(stream))
+        assert server.metrics()["jaxengine:num_requests_waiting"] > 0
+        with pytest.raises(RateLimitError) as caught:
+            client.completions.create(model="tiny", prompt="x", max_tokens=1)
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(BadRequestError):
+            client.completions.create(model="tiny", prompt="x", n=ROOM + 1)
+    server.wait_until_idle()
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_leaves_frees_the_pages(server, stream):
+    before = server.metrics()["jaxengine:generation_tokens_total"]
+    body = LONG | {"n": 20, "stream": stream}
+    with httpx.Client(base_url=server.url, headers=BEARER, timeout=None if stream else 0.4) as client:
+        if stream:
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                assert next(lines).startswith("data: ")
+                assert server.metrics()["jaxengine:kv_cache_usage_perc"] > 0
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body)
+    server.wait_until_idle()
+    after = server.metrics()
+    assert after["jaxengine:generation_tokens_total"] - before < 20 * 900
+    assert after['jaxengine:request_success_total{finished_reason="abort",model_name="tiny"}'] >= 20
+
+
+def test_the_readme_snippet_runs(open_server, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [s for s in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "import OpenAI" in s]
+    assert "http://127.0.0.1:8000/v1" in snippet
+    namespace: dict = {}
+    exec(snippet.replace("http://127.0.0.1:8000", open_server.url), namespace)
+    namespace["client"].close()
+    assert "chatcmpl" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_may_take_so_long(open_server, stream):
+    body = LONG | {"n": 100, "stream": stream}
+    answer = open_server.post("/v1/completions", body)
+    if stream:
+        assert answer.status_code == 200
+        *_, error, end = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert json.loads(error)["error"]["code"] == "timeout"
+        assert end == "[DONE]"
+    else:
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "timeout"
+    open_server.wait_until_idle()
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(line) for line in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    ]
+
+
+def test_when_the_core_dies_everything_says_so(open_server):
+    """The second server's last test: it ends."""
+    (core,) = children(open_server.process.pid)
+    with (
+        OpenAI(base_url=f"{open_server.url}/v1", api_key="none", max_retries=0) as client,
+        client.completions.create(model=README_NAME, **LONG_FOR_CLIENT, stream=True) as stream,
+    ):
+        next(iter(stream))
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(Exception, match="engine core process has ended"):
+            list(stream)
+        assert open_server.get("/health").status_code == 503
+        with pytest.raises(InternalServerError) as caught:
+            client.completions.create(model=README_NAME, prompt="x")
+        assert caught.value.status_code == 503
+    assert open_server.process.wait(20) == 1
+    assert "engine core process has ended" in "".join(open_server.lines)
+
+
+LONG_FOR_CLIENT = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "extra_body": {"ignore_eos": True}}
+
+
+def test_sigterm_lets_requests_finish_and_cuts_what_takes_too_long(server, client):
+    """The first server's last test: it ends."""
+    (core,) = children(server.process.pid)
+    short = LONG_FOR_CLIENT | {"max_tokens": 60}
+    with (
+        client.completions.create(model="tiny", **short, stream=True) as finishing,
+        client.completions.create(model="tiny", **LONG_FOR_CLIENT, n=ROOM - 1, stream=True) as cut,
+    ):
+        next(iter(finishing))
+        next(iter(cut))
+        server.process.send_signal(signal.SIGTERM)
+        assert [chunk.choices[0].finish_reason for chunk in finishing][-1] == "length"
+        wait_until(lambda: not accepts(server.url))
+        with pytest.raises(APIConnectionError):
+            client.with_options(timeout=5).models.list()
+        reasons = [chunk.choices[0].finish_reason for chunk in cut if chunk.choices[0].finish_reason]
+    assert len(reasons) == ROOM - 1
+    assert "abort" in reasons
+    assert server.process.wait(SHUTDOWN_SECONDS + 10) == 0
+    wait_until(lambda: not Path(f"/proc/{core}").exists())
+
+
+def accepts(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health")
+    except httpx.ConnectError:
+        return False
+    return True
