@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Returns:
-        0 after a signal, 1 if the engine has died.
+        0 after a signal, 1 if the engine has died or could not start.
 
     Raises:
         ValueError: A wrong argument or model, or the extra `server` is not installed.
@@ -71,18 +71,18 @@ def run(args: argparse.Namespace) -> int:
         max_body_size=args.max_body_size,
         shutdown_timeout=args.shutdown_timeout,
     )
-    # Until the server has its own handlers, and even while the model loads: what was started is ended.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Until the server has its own handlers, even while the model loads: whatever was started is ended.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = Status(quiet=args.quiet)
-    with bind(args.host, args.port) as sock:
-        status.show(f"loading {settings.served_model_names[0]} and compiling (a first start takes longer) ...")
-        try:
-            llm = AsyncLLM(EngineArgs(**given))
-        except EngineDeadError as error:
-            raise ValueError(str(error)) from error
-        finally:
-            status.clear()
-        try:
-            return run_server(llm, settings, sock, access_log=args.debug)
-        finally:
-            llm.shutdown()
+    try:
+        with bind(args.host, args.port) as sock:
+            status.show(f"loading {settings.served_model_names[0]} and compiling (a first start takes longer) ...")
+            with AsyncLLM(EngineArgs(**given)) as llm:
+                status.clear()
+                return run_server(llm, settings, sock, access_log=args.debug)
+    except EngineDeadError as error:
+        print(f"jaxengine serve: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        status.clear()
+        signal.signal(signal.SIGTERM, before)

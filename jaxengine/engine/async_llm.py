@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 from jaxengine.engine.core_client import CoreClient, EngineDeadError
@@ -75,6 +76,8 @@ class RequestStream:
 class AsyncLLM:
     """A model, ready to generate for callers of one event loop.
 
+    Usable as a context manager; `shutdown()` ends the core's process.
+
     Attributes:
         limits: What bounds requests.
         tokenizer: None with `skip_tokenizer_init`.
@@ -126,8 +129,8 @@ class AsyncLLM:
     async def generate(
         self,
         prompt: PromptInput,
-        sampling_params: SamplingParams | None = None,
-        request_id: str | None = None,
+        sampling_params: SamplingParams | None,
+        request_id: str,
         *,
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
@@ -146,8 +149,6 @@ class AsyncLLM:
             ValueError: The prompt or its parameters are wrong.
             EngineDeadError: The engine core has ended.
         """
-        if request_id is None:
-            raise ValueError("request_id=None: give the request an id")
         process = self.input_processor.process_one
         processed = await self.in_tokenizer_thread(
             lambda: process(request_id, prompt, sampling_params, priority, arrival_time=time.time())
@@ -215,6 +216,14 @@ class AsyncLLM:
             self._receiver.cancel()
         self._client.close()
         self._tokenizing.shutdown(wait=False)
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
 
     def _drop(self, request_ids: Sequence[str]) -> None:
         """Ends requests whose outputs nobody reads any more."""

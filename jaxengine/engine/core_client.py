@@ -52,7 +52,7 @@ class CoreClient:
         self._requests: dict[int, Request] = {}
         self._keys: dict[str, int] = {}
         self._next_key = itertools.count()
-        self._closed = False
+        self._is_ready = self._closed = False
         self._folder = tempfile.mkdtemp(prefix="jaxengine-")  # only this user may open it
         self._context = zmq.Context()
         self._outbox, self._inbox = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
@@ -80,6 +80,7 @@ class CoreClient:
         if isinstance(message, wire.Failed):
             raise ValueError(message.message) if message.is_users else EngineDeadError(message.message)
         assert isinstance(message, wire.Ready)
+        self._is_ready = True
         return message.limits
 
     def add_request(self, request: Request) -> None:
@@ -138,7 +139,8 @@ class CoreClient:
         self._closed = True
         if self._process.poll() is None:
             try:
-                self._process.wait(SHUTDOWN_SECONDS)
+                # One that still loads its model would not look at messages for long.
+                self._process.wait(SHUTDOWN_SECONDS if self._is_ready else 0)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -113,7 +113,7 @@ class Rows(msgspec.Struct, array_like=True):
         )
 
 
-class Update(msgspec.Struct, array_like=True, omit_defaults=True):
+class Update(msgspec.Struct, array_like=True):
     """What one step gave one request: a `SampledUpdate`, and the fields of its `Request` that outputs tell of."""
 
     key: int

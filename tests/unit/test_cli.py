@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import json
 import subprocess
@@ -107,6 +108,11 @@ def test_help_of_commands(command, capsys):
         (["generate", "Hi", "--n", "2"], "n must be 1 with greedy sampling"),
         (["generate", "--prompts-file", "/no/such/file"], "No such file"),
         (["chat", "--temperature", "-1"], "temperature must be a number at least 0"),
+        (["serve", "--max-queue", "-1"], "max_queue=-1: must be at least 0"),
+        (["serve", "--request-timeout", "0"], "request_timeout=0.0: must be above 0"),
+        (["serve", "one", "--model", "another"], "model='another'"),
+        (["serve", "--host", "203.0.113.1", "--port", "0"], "host='203.0.113.1'"),
+        (["serve", "/no/such/model", "--port", "0"], "model '/no/such/model' does not exist"),
         (["bench", "throughput", "--workload", "sharegpt"], "needs --dataset"),
         (["bench", "throughput", "--lo", "9", "--hi", "8"], "hi=8: must be at least lo=9"),
     ],
@@ -117,6 +123,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(argv, message, capsys):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_server_without_its_packages_names_the_extra(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "zmq" else find_spec(name))
+    assert main(["serve"]) == 2
+    assert "zmq: pip install 'jaxengine[server]'" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_comes_from():
