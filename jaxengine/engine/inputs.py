@@ -278,6 +278,20 @@ class InputProcessor:
             )
         return ProcessedInput(request_id, normal.text, token_ids, params, children)
 
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text.
+
+        Raises:
+            ValueError: There is no tokenizer, or the text is not valid Unicode (half of a surrogate pair, from JSON).
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"prompt={text!r}: there is no tokenizer; give prompt_token_ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt: the text is not valid Unicode: {error}") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
     @staticmethod
     def _one_each(name: str, values: Any, num: int, kind: type) -> list[Any]:
         """Spreads one value over `num` prompts, or checks that a list has one for each."""
@@ -296,9 +310,7 @@ class InputProcessor:
         token_ids = prompt.token_ids
         if token_ids is None:
             assert prompt.text is not None
-            if self.tokenizer is None:
-                raise ValueError(f"prompt={prompt.text!r}: there is no tokenizer; give prompt_token_ids")
-            token_ids = list(self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens))
+            token_ids = self.tokenize(prompt.text, add_special_tokens=prompt.add_special_tokens)
         if not token_ids:
             given = "prompt_token_ids=[]" if prompt.token_ids is not None else f"prompt={prompt.text!r}"
             raise ValueError(f"{given}: a prompt must have at least one token")

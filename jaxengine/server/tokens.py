@@ -26,12 +26,12 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
         raise APIError(400, "prompt: either prompt or messages must be given", param="prompt")
 
     def encode() -> list[int]:
-        text, add_special_tokens = body.prompt, True
+        text, add_special_tokens = body.prompt or "", True
         if body.messages is not None:
             text, add_special_tokens = render_chat(tokenizer, body.messages, **body.template_options()), False
         if body.add_special_tokens is not None:
             add_special_tokens = body.add_special_tokens
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return server.llm.input_processor.tokenize(text, add_special_tokens=add_special_tokens)
 
     tokens = await server.llm.in_tokenizer_thread(encode)
     answer = {"count": len(tokens), "max_model_len": server.llm.limits.max_model_len, "tokens": tokens}
