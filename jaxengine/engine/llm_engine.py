@@ -159,7 +159,7 @@ class LLMEngine:
         """Takes the device memory back; after a sleep of level 2 the weights are loaded anew."""
         from jaxengine.engine.build import load_weights
 
-        self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config))
+        self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config, self.core.runner.mesh))
 
     @property
     def is_sleeping(self) -> bool:

@@ -107,6 +107,7 @@ class ModelRunner:
 
     Attributes:
         num_pages: Pages of the KV cache.
+        mesh: Devices that share the model; None for the default device.
         buckets: Shapes of the steps, without (False) and with (True) the whole sampler.
     """
 
@@ -127,6 +128,7 @@ class ModelRunner:
         self.buckets = {False: buckets, True: sampler_buckets(buckets, coarse=self.is_cpu)}
         self._is_stacked = self.is_cpu and model.stack_layers()
         self._flat = FlatModel(model)
+        self.mesh = mesh
         self._place = Placement(mesh)
         self._leaf_places = self._place.parameters(self._flat.state)
         self._leaves: list[jax.Array] | None = None
