@@ -65,9 +65,12 @@ def kv_bytes(config: EngineConfig, context: float) -> float:
     """Bytes of one sequence's keys and values, of all layers; sliding layers hold their window at most."""
     from jax.numpy import dtype
 
-    from jaxengine.models.config import SLIDING
-
     model = config.model
-    window = model.sliding_window or context
-    tokens = sum(min(context, window) if kind == SLIDING else context for kind in model.layer_types)
-    return 2 * tokens * model.num_kv_heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
+    itemsize = dtype(config.kv_cache_dtype).itemsize
+    return 2 * tokens_seen(config, context) * model.num_kv_heads * model.head_dim * itemsize
+
+
+def tokens_seen(config: EngineConfig, context: float) -> float:
+    """Tokens that one at the end of so many attends to, over all layers; sliding layers see their window at most."""
+    windows = (config.model.window(layer) for layer in range(config.model.num_layers))
+    return sum(min(context, window or context) for window in windows)

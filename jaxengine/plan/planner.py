@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jaxengine.bench.floor import tokens_seen
 from jaxengine.plan.targets import Chip
 
 if TYPE_CHECKING:
     from jaxengine.config import EngineConfig
     from jaxengine.runner.buckets import Bucket
+    from jaxengine.runner.model_runner import ModelRunner, StepKey
 
 PLACEHOLDER_PAGES = 1024
 """Pages that steps are compiled with: how many there are changes nothing but the size of an argument."""
@@ -113,7 +115,8 @@ def make_plan(
         ValueError: There are fewer devices than `tensor_parallel_size`.
     """
     from jaxengine.models.registry import abstract_model
-    from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.runner.memory import page_bytes
+    from jaxengine.runner.model_runner import ModelRunner, StepKey
     from jaxengine.sharding.mesh import make_mesh
 
     size = config.model.tensor_parallel_size
@@ -131,14 +134,15 @@ def make_plan(
             max_model_len=config.scheduler.max_model_len,
             context=context,
             weight_bytes=runner.weight_bytes(),
-            page_bytes=runner.page_bytes(),
+            page_bytes=page_bytes(config),
             memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
         )
-        keys = [(bucket, full) for full in (False, True) for bucket in runner.buckets[full]]
-        keys = keys if every_step else _main_steps(runner.buckets[False])
-        for number, (bucket, full) in enumerate(keys, 1):
+        steps = [(bucket, full) for full in (False, True) for bucket in runner.buckets[full]]
+        keys = [StepKey(*step) for step in (steps if every_step else _main_steps(runner.buckets[False]))]
+        for number, key in enumerate(keys, 1):
+            bucket = key.bucket
             progress(f"step {number} of {len(keys)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
-            plan.steps.append(_plan_step(runner, bucket, full, config, chip, context))
+            plan.steps.append(_plan_step(runner, key, config, chip, context))
     finally:
         runner.close()
     used = plan.weight_bytes + max(step.temporary_bytes for step in plan.steps)
@@ -154,20 +158,23 @@ def _main_steps(buckets: list[Bucket]) -> list[tuple[Bucket, bool]]:
     return [(bucket, False) for bucket in chosen] + [(largest[-1], True)]
 
 
-def _plan_step(runner: Any, bucket: Bucket, full: bool, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
+def _plan_step(runner: ModelRunner, key: StepKey, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
     started = time.perf_counter()
-    compiled = runner.compile_step(bucket, full=full)
+    compiled = runner.compile_step(key)
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    bucket = key.bucket
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert program is not None
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     read_bytes = _read_bytes(config, runner.weight_bytes(), bucket, context)
     flops = _flops(config, bucket, context)
     return StepPlan(
         *bucket,
-        full=full,
+        full=key.full,
         compile_s=round(seconds, 2),
         temporary_bytes=memory.temp_size_in_bytes + max(outputs, 0),
-        collectives=find_collectives(compiled.as_text()),
+        collectives=find_collectives(program),
         read_bytes=read_bytes,
         flops=flops,
         roofline_ms=1000 * max(read_bytes / chip.bandwidth, flops / chip.flops),
@@ -197,7 +204,7 @@ def _read_bytes(config: EngineConfig, weight_bytes: int, bucket: Bucket, context
         shared = size if model.vocab_size % size == 0 else 1
         table = model.vocab_size * model.hidden_size * dtype(config.weight_dtype).itemsize // shared
     heads = model.heads.num_kv_heads // size
-    keys = 2 * _seen(config, context) * heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
+    keys = 2 * tokens_seen(config, context) * heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
     return weight_bytes - table + bucket.num_seqs * keys
 
 
@@ -209,12 +216,5 @@ def _flops(config: EngineConfig, bucket: Bucket, context: int) -> float:
     gated = 2 if model.architecture == "GPT2LMHeadModel" else 3
     matrices = model.hidden_size * (qkv + attention + gated * model.intermediate_size) * model.num_layers
     logits = bucket.num_seqs * model.hidden_size * model.vocab_size
-    scores = 2 * bucket.num_tokens * attention * _seen(config, context)
+    scores = 2 * bucket.num_tokens * attention * tokens_seen(config, context)
     return 2 * (bucket.num_tokens * matrices + scores + logits) / model.tensor_parallel_size
-
-
-def _seen(config: EngineConfig, context: int) -> float:
-    """Tokens that a token sees, over all layers."""
-    model = config.model
-    windows = (model.window(layer) for layer in range(model.num_layers))
-    return sum(min(context, window or context) for window in windows)

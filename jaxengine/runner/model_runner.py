@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
-from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, cache_shapes
+from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, sampler_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, needs_full_sampler, order_rows, pack
-from jaxengine.runner.memory import num_pages_that_fit, page_bytes
+from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
 from jaxengine.runner.steps import FlatModel, StepOutputs, make_step
 from jaxengine.sampling.logprobs import Logprobs
@@ -186,21 +186,17 @@ class ModelRunner:
         with self._place.context():
             return jax.jit(step, donate_argnums=(1, 2), **places).lower(*args)
 
-    def compile_step(self, bucket: Bucket, *, full: bool) -> jax.stages.Compiled:
-        """Compiles a step and keeps nothing of it."""
-        return self._lower(StepKey(bucket, full, self._processors), self.num_pages).compile(self._compiler_options())
+    def compile_step(self, key: StepKey) -> jax.stages.Compiled:
+        """Compiles a step at once, and keeps nothing of it."""
+        return self._lower(key, self.num_pages).compile(self._compiler_options())
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
         return sum(map(bytes_on_a_device, self._flat.leaves, self._leaf_places))
 
-    def page_bytes(self) -> int:
-        """Bytes of one page of all layers on one device."""
-        return page_bytes(self.config)
-
     def _compile(self, key: StepKey | str) -> Any:
         if isinstance(key, StepKey):
-            return self._lower(key, self.num_pages).compile(self._compiler_options())
+            return self.compile_step(key)
         state = self._abstract_state()
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
         values = SlotValues(*(getattr(row, name) for name in SlotValues._fields))
@@ -336,20 +332,12 @@ class ModelRunner:
     def _vocab_size(self) -> int:
         return self.model_config.vocab_size
 
-    def _make_caches(self, num_pages: int) -> list:
-        config = self.model_config
-        num_caches = 1 if self._is_stacked else config.num_layers
-        return [self._make_cache(num_pages * config.num_layers // num_caches) for _ in range(num_caches)]
-
-    def _make_cache(self, num_pages: int) -> KVCache:
-        """One layer's cache, or that of stacked layers, over all devices."""
-        shapes = cache_shapes(self.config.attention, num_pages, self.config.attention_backend)
-        return tuple(
-            jnp.zeros(
-                (pages, heads * self._place.size, *rest), self.config.attention.cache_dtype, device=self._place.heads()
-            )
-            for pages, heads, *rest in shapes
-        )
+    def _make_caches(self, num_pages: int) -> list[KVCache]:
+        config, place = self.config, self._place
+        num_caches = 1 if self._is_stacked else config.model.num_layers
+        num_pages = num_pages * config.model.num_layers // num_caches
+        where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
+        return [make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)]
 
     def _make_state(self) -> SamplingState:
         return make_sampling_state(self.config.scheduler.max_num_seqs, self._vocab_size)

@@ -120,9 +120,27 @@ def cache_shapes(spec: AttentionSpec, num_pages: int, implementation: str = "ref
     return module.cache_shapes(spec, num_pages)
 
 
-def make_cache(spec: AttentionSpec, num_pages: int, implementation: str = "reference") -> KVCache:
-    """Makes one layer's empty cache. Raises as `cache_shapes` does."""
-    return tuple(jnp.zeros(shape, spec.cache_dtype) for shape in cache_shapes(spec, num_pages, implementation))
+def make_cache(
+    spec: AttentionSpec,
+    num_pages: int,
+    implementation: str = "reference",
+    *,
+    num_devices: int = 1,
+    sharding: jax.sharding.Sharding | None = None,
+) -> KVCache:
+    """Makes one layer's empty cache. Raises as `cache_shapes` does.
+
+    Args:
+      spec: of one device's heads.
+      num_pages: P.
+      implementation: which of the implementations will use it.
+      num_devices: devices that share the heads, the second axis of every array.
+      sharding: where the arrays go; None for the default device.
+    """
+    return tuple(
+        jnp.zeros((pages, heads * num_devices, *rest), spec.cache_dtype, device=sharding)
+        for pages, heads, *rest in cache_shapes(spec, num_pages, implementation)
+    )
 
 
 def ragged_paged_attention(

@@ -161,9 +161,11 @@ def shift_plan(plan: Plan, offset) -> Plan:
 def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_cap, sinks, k_scale, v_scale):
     """See `api.ragged_paged_attention`."""
     num_tokens, num_heads, original_head_dim = q.shape
-    num_pages, num_kv_heads, page_size, head_dim = cache[0].shape
-    if head_dim > original_head_dim:
-        q = _pad_heads(q, head_dim)
+    if k is not None:
+        k, v = (_pad_heads(x, padded_head_dim(num_heads, k.shape[1], original_head_dim)) for x in (k, v))
+        reference.check_cache(k, cache)
+    num_kv_heads, page_size, head_dim = cache[0].shape[1:]
+    q = _pad_heads(q, head_dim)
     plan = meta.plan
     if plan is None:
         plan = make_plan(meta, num_tokens=num_tokens, num_heads=num_heads, cache=cache, sliding_window=sliding_window)
@@ -173,12 +175,7 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
         raise NotImplementedError(f"scale={scale}; supported: above 0")
     dtype = cache[0].dtype
     if k is not None:
-        k, v = (_pad_heads(x, padded_head_dim(num_heads, k.shape[1], original_head_dim)) for x in (k, v))
-        reference.check_cache(k, cache)
-        is_real = (plan.page < num_pages)[:, None, None]
-        k, v = (jnp.where(is_real, x, 0) for x in (k, v))  # arrays of their own, as the page table
-        k, v = reference.to_cache_dtype(k, k_scale, dtype), reference.to_cache_dtype(v, v_scale, dtype)
-        cache = write(k, v, cache, plan.page, plan.offset)
+        cache = _write_new(k, v, cache, plan, k_scale, v_scale)
     group = num_heads // num_kv_heads
     tile = common.Tile(
         group=group,
@@ -228,4 +225,12 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
 
 
 def _pad_heads(x, head_dim: int):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, head_dim - x.shape[2])))
+    return x if x.shape[2] == head_dim else jnp.pad(x, ((0, 0), (0, 0), (0, head_dim - x.shape[2])))
+
+
+def _write_new(k, v, cache, plan: Plan, k_scale, v_scale):
+    """The cache with new keys and values [T, K, H]."""
+    is_real = (plan.page < cache[0].shape[0])[:, None, None]
+    k, v = (jnp.where(is_real, x, 0) for x in (k, v))  # arrays of their own, as the page table
+    k, v = (reference.to_cache_dtype(x, scale, cache[0].dtype) for x, scale in ((k, k_scale), (v, v_scale)))
+    return write(k, v, cache, plan.page, plan.offset)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxengine.pallas_kernels import ragged_paged_attention as op
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_gpu, mosaic_gpu_common, mosaic_gpu_decode
@@ -47,10 +46,13 @@ def spec_of(case: Case) -> op.AttentionSpec:
     )
 
 
-def run(case: Case, inputs, *, max_query_len: int | None = None):
-    """Calls the op in the interpreter; fails if it finds a race. Returns out of the real rows, and both caches."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+@pytest.fixture
+def run(interpret):
+    """Calls the op in the interpreter; returns out of the real rows, and both caches."""
+    return functools.partial(call_op, interpret)
 
+
+def call_op(interpret, case: Case, inputs, *, max_query_len: int | None = None):
     width = op.cache_shapes(spec_of(case), 1, "mosaic_gpu")[0][-1]
     padding = ((0, 0),) * 3 + ((0, width - case.head_dim),)
     cache = tuple(jnp.pad(jnp.asarray(c).astype(case.cache_dtype), padding) for c in (inputs.k_cache, inputs.v_cache))
@@ -61,20 +63,8 @@ def run(case: Case, inputs, *, max_query_len: int | None = None):
     arrays = {name: getattr(inputs, name) for name in ("sinks", "k_scale", "v_scale")}
     options: dict[str, Any] = {"scale": inputs.scale, "sliding_window": case.sliding_window, "soft_cap": case.soft_cap}
     options |= {name: None if array is None else jnp.asarray(array) for name, array in arrays.items()}
-    call = jax.jit(functools.partial(op.ragged_paged_attention, **options))
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    try:
-        with (
-            jax.sharding.use_abstract_mesh(MESH),
-            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
-        ):
-            out, caches = call(*(jnp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), cache, meta)
-            out.block_until_ready()
-        races = interpret_pallas_call.get_races()
-        assert races is not None
-        assert not races.races_found
-    finally:
-        interpret_pallas_call.reset_gpu_interpret_mode_state()
+    call = functools.partial(op.ragged_paged_attention, **options)
+    out, caches = interpret(call, *(jnp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), cache, meta)
     assert out.dtype == inputs.q.dtype
     assert np.isfinite(np.asarray(out, np.float32)).all()
     caches = [np.asarray(c, np.float32)[..., : case.head_dim] for c in caches]
@@ -96,15 +86,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
     [pytest.param(c, marks=[] if c.name in DEFAULT else [pytest.mark.slow]) for c in SUPPORTED],
     ids=lambda c: c.name,
 )
-def test_matches_the_oracle(case: Case):
+def test_matches_the_oracle(run, case: Case):
     check(case, run)
 
 
-def test_a_step_of_decodes_alone():
+def test_a_step_of_decodes_alone(run):
     check(BY_NAME["decodes"], run, max_query_len=1)
 
 
-def test_a_mutation_of_the_mask_is_noticed(monkeypatch):
+def test_a_mutation_of_the_mask_is_noticed(run, monkeypatch):
     case = BY_NAME["mixed"]
     inputs = make_inputs(case)
     want, _, _ = oracle(case, inputs)

@@ -6,35 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxengine.models.layers.rope import apply_rope
 from jaxengine.pallas_kernels import ragged_paged_attention as attention
 from jaxengine.pallas_kernels.ragged_paged_attention import reference
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, mosaic_gpu
 
-H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-MESH = jax.sharding.AbstractMesh((), (), abstract_device=H100)
 PAGE_SIZE, NUM_PAGES = 16, 9
-
-
-def interpret(function, *args):
-    """Runs a kernel in the interpreter; fails if it finds a race."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    try:
-        with (
-            jax.sharding.use_abstract_mesh(MESH),
-            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
-        ):
-            result = jax.block_until_ready(jax.jit(function)(*args))
-        races = interpret_pallas_call.get_races()
-        assert races is not None
-        assert not races.races_found
-        return result
-    finally:
-        interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
 def expected(qkv, cos, sin, cache, page, offset, num_heads: int, norm_weights, eps: float):
@@ -56,7 +34,7 @@ def expected(qkv, cos, sin, cache, page, offset, num_heads: int, norm_weights, e
     ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "norm"),
     [(1, 2, 1, 128, False), (16, 4, 2, 128, True), (6, 2, 1, 128, True), (32, 2, 2, 128, False)],
 )
-def test_matches_plain_jax(num_tokens, num_heads, num_kv_heads, head_dim, norm):
+def test_matches_plain_jax(interpret, num_tokens, num_heads, num_kv_heads, head_dim, norm):
     rng = np.random.default_rng(num_tokens)
 
     def draw(*shape: int, dtype: str = "bfloat16") -> jax.Array:
