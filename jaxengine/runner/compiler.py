@@ -1,5 +1,6 @@
 """Compiles the steps in background threads, most needed first, and counts compilations."""
 
+import atexit
 import contextlib
 import ctypes
 import itertools
@@ -32,7 +33,11 @@ class CompilationCounter:
 
 
 class StepCompiler:
-    """A set of compiled functions by key. Work is done by daemon threads, so a program can end before it is."""
+    """A set of compiled functions by key. Work is done by daemon threads, so a program can end before it is.
+
+    A program that ends without `close` is closed at exit: a thread that comes back from XLA to a Python that is no
+    longer there aborts the process.
+    """
 
     URGENT = -1
     """Ahead of the warm-up: a step waits."""
@@ -47,6 +52,7 @@ class StepCompiler:
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True) for i in range(num_threads)
         ]
+        atexit.register(self.close)
         for thread in self._threads:
             thread.start()
 
@@ -85,6 +91,7 @@ class StepCompiler:
 
     def close(self) -> None:
         """Stops after the compilations under way, and waits for those: XLA must not be torn down beneath them."""
+        atexit.unregister(self.close)
         self._closed = True
         for _ in self._threads:
             self._queue.put((self.URGENT - 1, next(self._order), None))
