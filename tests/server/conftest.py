@@ -64,6 +64,9 @@ class Server:
         lines = [line.rpartition(" ") for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {re.sub(r'\{model_name="[^"]*"\}', "", name): float(value) for name, _, value in lines}
 
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
     def wait_until_idle(self) -> None:
         """Waits until nothing runs and no page is held."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -94,7 +97,7 @@ def servers(tiny) -> Iterator[tuple[Server, Server]]:
     first = Server(
         tiny,
         *("--api-key", "another", "--api-key", KEY, "--served-model-name", "tiny", "--served-model-name", "alias"),
-        *("--shutdown-timeout", str(SHUTDOWN_SECONDS), *limits),
+        *limits,
     )
     assert first.url  # what it compiles the second one finds in the cache
     second = Server(tiny, "--served-model-name", README_NAME, "--request-timeout", "1.5")
@@ -117,5 +120,5 @@ def open_server(servers) -> Server:
 
 @pytest.fixture(scope="session")
 def client(server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+    with server.client() as client:
         yield client
