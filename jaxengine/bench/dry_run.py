@@ -56,7 +56,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.shapes: set[StepShape] = set()
 
-    def max_ready_tokens(self, full: bool) -> None:
+    def max_ready_tokens(self) -> None:
         return None
 
     def execute(self, batch: ScheduledBatch) -> _Zeros:

@@ -20,7 +20,7 @@ from jaxengine.runner.model_runner import StepShape
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
-    from jaxengine.runner.model_runner import StepKey
+    from jaxengine.runner.model_runner import ProgramKey
 
 FIRST_TOKEN_RUNS = 5
 """Runs of a single request, of which the median counts: each takes milliseconds."""
@@ -137,7 +137,7 @@ class GpuPreset:
     def _compile(self, llm: LLM, rows: Sequence[GpuRow], about: dict[str, Any]) -> dict[GpuRow, str]:
         """Compiles what the rows need, all at once; returns why some cannot run."""
         runner = llm.llm_engine.core.runner
-        keys: dict[GpuRow, list[StepKey]] = {}
+        keys: dict[GpuRow, list[ProgramKey]] = {}
         errors: dict[GpuRow, str] = {}
         started = time.perf_counter()
         for row in rows:

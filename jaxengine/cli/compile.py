@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens of a sequence, for rooflines (default: 1024)"
     )
-    group.add_argument("--every-step", action="store_true", help="compile all step shapes, not only five steps")
+    group.add_argument("--every-step", action="store_true", help="compile all step shapes, not only four")
     group.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures there; - for stdout, without tables"
     )
@@ -92,7 +92,7 @@ def _print(plan: Plan) -> None:
     memory = Table(title=f"memory of one of {plan.tensor_parallel_size} {plan.device_kind} (GiB)", title_justify="left")
     for name in ("may be used", "weights", "largest temporaries", "left for pages"):
         memory.add_column(name, justify="right")
-    largest = max(step.temporary_bytes for step in plan.steps)
+    largest = plan.largest_temporaries
     left = plan.memory_bytes - plan.weight_bytes - largest
     memory.add_row(*(f"{n / 2**30:.2f}" for n in (plan.memory_bytes, plan.weight_bytes, largest, left)))
     console.print(memory)
@@ -105,7 +105,7 @@ def _print(plan: Plan) -> None:
         steps.add_column(name, justify="right")
     for step in plan.steps:
         steps.add_row(
-            f"{step.num_tokens}{' +' if step.full else ''}",
+            str(step.num_tokens),
             str(step.num_seqs),
             f"{step.roofline_ms:.2f}",
             f"{step.read_bytes / 1e9:.2f}",
@@ -114,7 +114,7 @@ def _print(plan: Plan) -> None:
             f"{step.compile_s:.0f}",
         )
     console.print(steps)
-    console.print("+ with the whole sampler, whose parts run where a request asks for them. Collectives of a step:")
+    console.print(f"The largest sampler needs {plan.sampler_bytes / 1e6:.0f} MB beside. Collectives of a step:")
     for step in plan.steps:
         moved = [f"{n} {kind}, {size / 1e6:.2f} MB" for kind, (n, size) in sorted(step.collectives.items())]
-        console.print(f"  {step.num_tokens}{' +' if step.full else ''} x {step.num_seqs}: {'; '.join(moved) or 'none'}")
+        console.print(f"  {step.num_tokens} x {step.num_seqs}: {'; '.join(moved) or 'none'}")

@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.request import Request, RequestStatus
-from jaxengine.runner.input_batch import needs_full_sampler
 from jaxengine.runner.model_runner import ModelRunner, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
@@ -37,7 +36,6 @@ class EngineCore:
         self.runner = runner
         self.stats = EngineStats()
         self._in_flight: tuple[ScheduledBatch, StepHandle] | None = None
-        self._num_full = 0  # unfinished requests that need the whole sampler
         self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
 
     def add_request(self, request: Request) -> None:
@@ -47,7 +45,6 @@ class EngineCore:
             ValueError: See `Scheduler.add_request`.
         """
         self.scheduler.add_request(request)
-        self._num_full += needs_full_sampler(request.sampling_params)
 
     def finish_request(
         self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None
@@ -84,7 +81,7 @@ class EngineCore:
     def _dispatch(self) -> tuple[ScheduledBatch, StepHandle] | None:
         if not self.scheduler.has_unfinished_requests():
             return None
-        batch = self.scheduler.schedule(self.runner.max_ready_tokens(full=self._num_full > 0))
+        batch = self.scheduler.schedule(self.runner.max_ready_tokens())
         if batch is None:
             return None
         self.stats.num_steps += 1
@@ -132,7 +129,6 @@ class EngineCore:
                 into[sequence.start : sequence.start + count] = part
 
     def _forget(self, request: Request) -> None:
-        self._num_full -= needs_full_sampler(request.sampling_params)
         self._prompt_logprobs.pop(request, None)
 
 

@@ -15,7 +15,7 @@ from jaxengine.plan.targets import Chip
 if TYPE_CHECKING:
     from jaxengine.config import EngineConfig
     from jaxengine.runner.buckets import Bucket
-    from jaxengine.runner.model_runner import ModelRunner, StepKey
+    from jaxengine.runner.model_runner import ModelRunner
 
 PLACEHOLDER_PAGES = 1024
 """Pages that steps are compiled with: how many there are changes nothing but the size of an argument."""
@@ -32,9 +32,8 @@ class StepPlan:
 
     Attributes:
         num_tokens, num_seqs, decode_only: Its shape.
-        full: With the whole sampler; without, all rows are argmax.
         compile_s: Seconds to trace, lower and compile it here.
-        temporary_bytes: On each device, beside weights and cache.
+        temporary_bytes: On each device, beside weights and cache, without the sampler's.
         collectives: By kind: how many, and bytes of their results on one device.
         read_bytes: The least a device reads: its weights, and its part of keys and values of all sequences.
         flops: Of a device's products.
@@ -44,7 +43,6 @@ class StepPlan:
     num_tokens: int
     num_seqs: int
     decode_only: bool
-    full: bool
     compile_s: float
     temporary_bytes: int
     collectives: dict[str, tuple[int, int]]
@@ -61,6 +59,7 @@ class Plan:
         weight_bytes, page_bytes: Of weights, and of one page of all layers, on one device.
         memory_bytes: What the engine may use of a device.
         context: Tokens of every sequence that `read_bytes` and `flops` of steps assume.
+        sampler_bytes: What the largest sampler needs beside the step's.
         num_pages: Pages that fit beside the weights and the largest temporaries; 0 if nothing fits.
     """
 
@@ -74,8 +73,14 @@ class Plan:
     weight_bytes: int
     page_bytes: int
     memory_bytes: int
+    sampler_bytes: int = 0
     num_pages: int = 0
     steps: list[StepPlan] = field(default_factory=list)
+
+    @property
+    def largest_temporaries(self) -> int:
+        """Bytes beside weights and pages that the largest step and its sampler need."""
+        return max(step.temporary_bytes for step in self.steps) + self.sampler_bytes
 
     def num_sequences(self, num_tokens: int) -> int:
         """Sequences of so many tokens that the pages hold."""
@@ -107,8 +112,7 @@ def make_plan(
         devices: Of the target; the first `tensor_parallel_size` of them share the model.
         chip: What one of them can do.
         context: Tokens of each sequence, for the rooflines.
-        every_step: All step shapes, with and without the whole sampler; else the smallest and largest of decodes, the
-            largest of prompts, and that with the sampler, which needs most memory.
+        every_step: All step shapes; else the smallest and the largest of decodes, and the largest of prompts.
         progress: Is told what is being compiled.
 
     Raises:
@@ -116,7 +120,8 @@ def make_plan(
     """
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.memory import page_bytes
-    from jaxengine.runner.model_runner import ModelRunner, StepKey
+    from jaxengine.runner.model_runner import ModelRunner, SamplerKey, temporary_bytes
+    from jaxengine.sampling.sampler import EVERY_FEATURE
     from jaxengine.sharding.mesh import make_mesh
 
     size = config.model.tensor_parallel_size
@@ -137,43 +142,40 @@ def make_plan(
             page_bytes=page_bytes(config),
             memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
         )
-        steps = [(bucket, full) for full in (False, True) for bucket in runner.buckets[full]]
-        keys = [StepKey(*step) for step in (steps if every_step else _main_steps(runner.buckets[False]))]
-        for number, key in enumerate(keys, 1):
-            bucket = key.bucket
-            progress(f"step {number} of {len(keys)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
-            plan.steps.append(_plan_step(runner, key, config, chip, context))
+        buckets = runner.buckets if every_step else _main_buckets(runner.buckets)
+        for number, bucket in enumerate(buckets, 1):
+            progress(f"step {number} of {len(buckets)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
+            plan.steps.append(_plan_step(runner, bucket, config, chip, context))
+        progress("the sampler ...")
+        sampler = runner.compile_program(SamplerKey(runner.buckets[-1].num_seqs, EVERY_FEATURE, ()))
+        plan.sampler_bytes = temporary_bytes(sampler)
     finally:
         runner.close()
-    used = plan.weight_bytes + max(step.temporary_bytes for step in plan.steps)
-    plan.num_pages = max(plan.memory_bytes - used, 0) // plan.page_bytes
+    plan.num_pages = max(plan.memory_bytes - plan.weight_bytes - plan.largest_temporaries, 0) // plan.page_bytes
     return plan
 
 
-def _main_steps(buckets: list[Bucket]) -> list[tuple[Bucket, bool]]:
+def _main_buckets(buckets: list[Bucket]) -> list[Bucket]:
     """The smallest and the largest step of decodes, the largest of prompts with few and with all sequences."""
     decodes = [bucket for bucket in buckets if bucket.decode_only]
     largest = [b for b in buckets if b.num_tokens == buckets[-1].num_tokens and not b.decode_only]
-    chosen = dict.fromkeys([decodes[0], decodes[-1], largest[0], largest[-1]])
-    return [(bucket, False) for bucket in chosen] + [(largest[-1], True)]
+    return list(dict.fromkeys([decodes[0], decodes[-1], largest[0], largest[-1]]))
 
 
-def _plan_step(runner: ModelRunner, key: StepKey, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
+def _plan_step(runner: ModelRunner, bucket: Bucket, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
+    from jaxengine.runner.model_runner import temporary_bytes
+
     started = time.perf_counter()
-    compiled = runner.compile_step(key)
+    compiled = runner.compile_program(bucket)
     seconds = time.perf_counter() - started
-    bucket = key.bucket
-    memory, program = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
+    program = compiled.as_text()
     assert program is not None
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     read_bytes = _read_bytes(config, runner.weight_bytes(), bucket, context)
     flops = _flops(config, bucket, context)
     return StepPlan(
         *bucket,
-        full=key.full,
         compile_s=round(seconds, 2),
-        temporary_bytes=memory.temp_size_in_bytes + max(outputs, 0),
+        temporary_bytes=temporary_bytes(compiled),
         collectives=find_collectives(program),
         read_bytes=read_bytes,
         flops=flops,

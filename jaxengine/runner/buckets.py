@@ -50,15 +50,6 @@ def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> lis
     return sorted(buckets, key=lambda bucket: (bucket.num_tokens, not bucket.decode_only, bucket.num_seqs))
 
 
-def sampler_buckets(buckets: list[Bucket], *, coarse: bool = False) -> list[Bucket]:
-    """The buckets that are compiled with the whole sampler too: on CPUs 1, 16, 64, 256, ... tokens, and the most."""
-    if not coarse:
-        return buckets
-    largest = buckets[-1].num_tokens
-    kept = {1, largest} | {4**power for power in range(2, largest.bit_length())}
-    return [bucket for bucket in buckets if bucket.num_tokens in kept]
-
-
 def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int, *, decode_only: bool = False) -> list[Bucket]:
     """The buckets that hold a step, cheapest first.
 

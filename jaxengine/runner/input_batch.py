@@ -1,7 +1,7 @@
 """One step's inputs in one int32 buffer: one copy to the device a step."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,63 +28,94 @@ FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "freq
 
 
 class StepInputs(NamedTuple):
-    """What a step reads, on the device.
+    """What the model's part of a step reads, on the device.
 
     Attributes:
         token_ids: i32[T], -1 where the token is the one sampled last in the sequence's slot.
         positions: i32[T].
-        targets: i32[T], the prompt token after each row where its log probability is asked for, else -1.
         last_rows: i32[S], row of each sequence's last token.
     """
 
     token_ids: jax.Array
     positions: jax.Array
-    targets: jax.Array
     last_rows: jax.Array
     meta: AttentionMetadata
     rows: SamplingRows
 
 
-class PackedLayout:
-    """Where each field of a step lies in the buffer, for one bucket."""
+class _Layout:
+    """Where fields of given shapes lie in an int32 buffer, one after the other."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self._shapes = shapes
+        self._offsets, self.size = {}, 0
+        for name, shape in shapes.items():
+            self._offsets[name] = self.size
+            self.size += math.prod(shape)
+
+    def fields(self, buffer: Any) -> dict[str, Any]:
+        """The fields by name, as views if the buffer is one of numpy's."""
+        return {
+            name: buffer[self._offsets[name] : self._offsets[name] + math.prod(shape)].reshape(shape)
+            for name, shape in self._shapes.items()
+        }
+
+
+class RowLayout(_Layout):
+    """The sampling parameters of S sequences."""
+
+    def __init__(self, num_seqs: int):
+        super().__init__(dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, (num_seqs,)))
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields as writable views of a host buffer."""
+        fields = self.fields(buffer)
+        return fields | {name: fields[name].view(np.float32) for name in FLOAT_FIELDS}
+
+    def wanted_features(self, buffer: np.ndarray) -> int:
+        """All features that some row asks for."""
+        return int(np.bitwise_or.reduce(self.fields(buffer)["features"]))
+
+    def unpack(self, packed: jax.Array) -> SamplingRows:
+        """The fields on the device; runs inside a step."""
+        fields = self.fields(packed)
+        return SamplingRows(**fields | {n: lax.bitcast_convert_type(fields[n], jnp.float32) for n in FLOAT_FIELDS})
+
+
+class PackedLayout(_Layout):
+    """The inputs of a step in one bucket; those of its sampler are the last part.
+
+    Attributes:
+        rows: The layout of the sampler's part, which begins at `rows_start`.
+    """
 
     def __init__(self, bucket: Bucket, table_width: int, attention_backend: str = "reference"):
         num_tokens, num_seqs = bucket.num_tokens, bucket.num_seqs
         self.bucket = bucket
         self.attention_backend = attention_backend
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "token_ids": (num_tokens,),
-            "positions": (num_tokens,),
-            "targets": (num_tokens,),
-            "last_rows": (num_seqs,),
-            "kv_lens": (num_seqs,),
-            "query_starts": (num_seqs + 1,),
-            "page_table": (num_seqs, table_width),
-            "num_seqs": (),
-            "num_decodes": (),
-            **dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, (num_seqs,)),
-        }
-        self.offsets, self.size = {}, 0
-        for name, shape in self.shapes.items():
-            self.offsets[name] = self.size
-            self.size += math.prod(shape)
+        super().__init__(
+            {
+                "token_ids": (num_tokens,),
+                "positions": (num_tokens,),
+                "last_rows": (num_seqs,),
+                "kv_lens": (num_seqs,),
+                "query_starts": (num_seqs + 1,),
+                "page_table": (num_seqs, table_width),
+                "num_seqs": (),
+                "num_decodes": (),
+            }
+        )
+        self.rows_start = self.size
+        self.rows = RowLayout(num_seqs)
+        self.size += self.rows.size
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """The fields as writable views of a host buffer."""
-        return {
-            name: buffer[self.offsets[name] : self.offsets[name] + math.prod(shape)]
-            .view(np.float32 if name in FLOAT_FIELDS else np.int32)
-            .reshape(shape)
-            for name, shape in self.shapes.items()
-        }
+        """All fields as writable views of a host buffer."""
+        return self.fields(buffer) | self.rows.views(buffer[self.rows_start :])
 
     def unpack(self, packed: jax.Array) -> StepInputs:
         """The fields on the device; runs inside the step."""
-        fields = {
-            name: packed[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
-            for name, shape in self.shapes.items()
-        }
-        fields |= {name: lax.bitcast_convert_type(fields[name], jnp.float32) for name in FLOAT_FIELDS}
+        fields = self.fields(packed)
         meta = AttentionMetadata(
             fields["kv_lens"],
             fields["query_starts"],
@@ -94,8 +125,8 @@ class PackedLayout:
             implementation=self.attention_backend,
             max_query_len=1 if self.bucket.decode_only else None,
         )
-        rows = SamplingRows(**{name: fields[name] for name in INT_FIELDS + FLOAT_FIELDS})
-        return StepInputs(fields["token_ids"], fields["positions"], fields["targets"], fields["last_rows"], meta, rows)
+        rows = self.rows.unpack(packed[self.rows_start :])
+        return StepInputs(fields["token_ids"], fields["positions"], fields["last_rows"], meta, rows)
 
 
 class SlotTable:
@@ -159,11 +190,6 @@ def request_features(params) -> int:
     return features
 
 
-def needs_full_sampler(params) -> bool:
-    """Whether a request's steps run the variant with the whole sampler."""
-    return request_features(params) != 0 or params.prompt_logprobs is not None
-
-
 def order_rows(batch: ScheduledBatch) -> list[int]:
     """Rows of the step, as indices of `batch.sequences`: decodes by length, since attention on CPU takes them in groups
     that cost as much as their longest member."""
@@ -193,13 +219,6 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
         sequence, rows = sequences[i], slice(ends[i] - lengths[i], ends[i])
         token_ids[rows] = sequence.request.all_token_ids[sequence.start : sequence.start + sequence.num_new_tokens]
         positions[rows] = np.arange(sequence.start, sequence.start + sequence.num_new_tokens)
-    views["targets"][:] = -1
-    for i, sequence in enumerate(sequences):
-        if sequence.request.sampling_params.prompt_logprobs is not None:
-            targets = sequence.request.prompt_token_ids[
-                sequence.start + 1 : sequence.start + 1 + sequence.num_new_tokens
-            ]
-            views["targets"][ends[i] - lengths[i] :][: len(targets)] = targets
 
     views["kv_lens"][:num_seqs] = starts + lengths
     views["query_starts"][1 : num_seqs + 1] = ends
@@ -219,3 +238,16 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
     features[~samples] = 0
     views["temperature"][num_seqs:] = 1
     return buffer
+
+
+def prompt_targets(batch: ScheduledBatch, order: list[int], num_tokens: int) -> np.ndarray | None:
+    """i32[T], the prompt token after each row of sequences that ask for its log probability; None if none does."""
+    if all(sequence.request.sampling_params.prompt_logprobs is None for sequence in batch.sequences):
+        return None
+    targets, row = np.zeros(num_tokens, np.int32), 0
+    for sequence in (batch.sequences[i] for i in order):
+        after = sequence.start + 1
+        tokens = sequence.request.prompt_token_ids[after : after + sequence.num_new_tokens]
+        targets[row : row + len(tokens)] = tokens
+        row += sequence.num_new_tokens
+    return targets

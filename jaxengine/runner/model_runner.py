@@ -6,6 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +17,14 @@ from jax.sharding import Mesh
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
-from jaxengine.runner.buckets import Bucket, fitting, make_buckets, sampler_buckets, warmup_order
+from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
-from jaxengine.runner.input_batch import PackedLayout, SlotTable, needs_full_sampler, order_rows, pack
+from jaxengine.runner.input_batch import PackedLayout, RowLayout, SlotTable, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
-from jaxengine.runner.steps import FlatModel, StepOutputs, make_step
+from jaxengine.runner.steps import FlatModel, ForwardOutputs, make_forward, make_prompt_logprobs, make_sampler
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.sampling.sampler import USES_STATE, LogitsProcessor
+from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, LOGPROBS, USES_STATE, LogitsProcessor, feature_set
 from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
 from jaxengine.scheduler.scheduler import ScheduledBatch
 
@@ -36,12 +37,29 @@ MAX_STRETCH = 4
 LAZY_SHAPES = 2
 
 
-class StepKey(NamedTuple):
-    """One compiled step."""
+@dataclass(frozen=True)
+class SamplerKey:
+    """One compiled sampler."""
 
-    bucket: Bucket
-    full: bool
-    processors: tuple[LogitsProcessor, ...] = ()
+    num_seqs: int
+    features: int
+    processors: tuple[LogitsProcessor, ...]
+
+
+@dataclass(frozen=True)
+class PromptLogprobsKey:
+    """The compiled log probabilities of prompts in steps of so many tokens."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class SetSlotKey:
+    """What initialises a row of the sampler's state."""
+
+
+# Buckets stand for the model's part of a step.
+ProgramKey = Bucket | SamplerKey | PromptLogprobsKey | SetSlotKey
 
 
 class StepShape(NamedTuple):
@@ -56,23 +74,27 @@ class StepShape(NamedTuple):
         return cls(batch.num_tokens, len(batch.sequences), batch.decode_only)
 
 
+class StepOutputs(NamedTuple):
+    """What a step returns to the host.
+
+    Attributes:
+        tokens: i32[S].
+        logprobs: of the sampled tokens, if a request asks for any.
+        prompt_logprobs: of the prompts' tokens, one row a token, if a request asks for any.
+    """
+
+    tokens: jax.Array
+    logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None
+
+
 class StepHandle:
     """A step under way. Its results are being copied to the host already."""
 
     def __init__(self, outputs: StepOutputs, order: list[int], batch: ScheduledBatch):
         self._outputs, self._order, self._batch = outputs, order, batch
-        wanted = [s.request.sampling_params for s in batch.sequences]
-        self._wants_logprobs = any(p.logprobs is not None for p in wanted)
-        self._wants_prompt_logprobs = any(p.prompt_logprobs is not None for p in wanted)
-        for array in jax.tree.leaves(self._needed()):
+        for array in jax.tree.leaves(outputs):
             array.copy_to_host_async()
-
-    def _needed(self) -> StepOutputs:
-        return StepOutputs(
-            self._outputs.tokens,
-            self._outputs.logprobs if self._wants_logprobs else None,
-            self._outputs.prompt_logprobs if self._wants_prompt_logprobs else None,
-        )
 
     def result(self) -> tuple[list[list[int]], Logprobs | None, Logprobs | None]:
         """Waits for the step.
@@ -82,7 +104,7 @@ class StepHandle:
             sequence; log probabilities of prompt tokens by row of the step, the sequences one after the other in the
             order of the step, which `row_starts` gives.
         """
-        tokens, logprobs, prompt_logprobs = jax.tree.map(np.asarray, self._needed())
+        tokens, logprobs, prompt_logprobs = jax.tree.map(np.asarray, self._outputs)
         inverse = np.argsort(self._order)
         by_sequence = tokens[inverse].tolist()
         sampled = [
@@ -108,7 +130,7 @@ class ModelRunner:
     Attributes:
         num_pages: Pages of the KV cache.
         mesh: Devices that share the model; None for the default device.
-        buckets: Shapes of the steps, without (False) and with (True) the whole sampler.
+        buckets: Shapes of the steps.
     """
 
     def __init__(self, model: CausalLM, config: EngineConfig, mesh: Mesh | None = None):
@@ -124,8 +146,10 @@ class ModelRunner:
         scheduler = config.scheduler
         self.table_width = -(-scheduler.max_model_len // config.block_size)
         self.is_cpu = config.platform == "cpu"
-        buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
-        self.buckets = {False: buckets, True: sampler_buckets(buckets, coarse=self.is_cpu)}
+        self.buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
+        self._layouts = {
+            bucket: PackedLayout(bucket, self.table_width, config.attention_backend) for bucket in self.buckets
+        }
         self._is_stacked = self.is_cpu and model.stack_layers()
         self._flat = FlatModel(model)
         self.mesh = mesh
@@ -135,13 +159,14 @@ class ModelRunner:
         self._offloaded: list[np.ndarray] | None = None
         self._processors: tuple[LogitsProcessor, ...] = config.logits_processors
         self.num_pages = config.num_pages or num_pages_that_fit(
-            config, self._step_temporary_bytes if not self.is_cpu else None
+            config, self._bytes_beside_cache if not self.is_cpu else None
         )
         self._slots = SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
         self._caches: list = []
         self._state: Any = None
+        self._last_token: Any = None
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
-        self._compiler = StepCompiler(self._compile, num_threads)
+        self._compiler = StepCompiler(self.compile_program, num_threads)
         if config.warmup != "none":
             self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
 
@@ -155,69 +180,84 @@ class ModelRunner:
 
     # Compiling
 
-    def _warmup_keys(self) -> list[Any]:
-        greedy, full = (
-            [StepKey(bucket, f, self._processors) for bucket in warmup_order(self.buckets[f])] for f in (False, True)
-        )
-        return [*greedy[:4], "set_slot", *full[:2], *greedy[4:], *full[2:]]
+    def _warmup_keys(self) -> list[ProgramKey]:
+        order = warmup_order(self.buckets)
+        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], SetSlotKey()]
+        for bucket in order:
+            keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
+        keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
+        return list(dict.fromkeys(keys))
 
-    def _abstract_args(self, layout: PackedLayout, num_pages: int) -> tuple:
-        place = self._place
-        caches = jax.eval_shape(lambda: self._make_caches(num_pages))
-        return (
-            list(map(abstract, self._flat.leaves, self._leaf_places)),
-            jax.tree.map(lambda x: abstract(x, place.heads()), caches),
-            self._abstract_state(),
-            jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=place.replicated()),
-        )
-
-    def _abstract_state(self) -> SamplingState:
-        state = jax.eval_shape(self._make_state)
-        return jax.tree.map(abstract, state, self._place.sampling_state(state, self._vocab_size))
-
-    def _lower(self, key: StepKey, num_pages: int) -> jax.stages.Lowered:
-        layout = PackedLayout(key.bucket, self.table_width, self.config.attention_backend)
-        step = make_step(self._flat, layout, full=key.full, processors=key.processors, num_top=self.config.max_logprobs)
-        args = self._abstract_args(layout, num_pages)
-        places = {}
-        if self._place.mesh is not None:  # what is donated must stay where it is
-            carried = jax.tree.map(lambda x: x.sharding, args[1:3])
-            places["out_shardings"] = (*carried, None)
-        with self._place.context():
-            return jax.jit(step, donate_argnums=(1, 2), **places).lower(*args)
-
-    def compile_step(self, key: StepKey) -> jax.stages.Compiled:
-        """Compiles a step at once, and keeps nothing of it."""
+    def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
+        """Compiles a part of a step at once, and keeps nothing of it."""
         return self._lower(key, self.num_pages).compile(self._compiler_options())
+
+    def _lower(self, key: ProgramKey, num_pages: int) -> jax.stages.Lowered:
+        place, num_top = self._place, self.config.max_logprobs
+        replicated = place.replicated()
+        leaves = list(map(abstract, self._flat.leaves, self._leaf_places))
+        state, last_token = self._abstract_state()
+        donated: tuple[int, ...]
+        out_shardings: Any  # what is carried must stay where it is
+        match key:
+            case Bucket():
+                layout = self._layouts[key]
+                function, donated = make_forward(self._flat, layout), (1, 2)
+                caches = jax.eval_shape(lambda: self._make_caches(num_pages))
+                caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
+                args = leaves, caches, last_token, self._int32(layout.size)
+                outputs = replicated, place.columns(self._vocab_size), replicated
+                carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
+                out_shardings = *carried, ForwardOutputs._make(outputs)
+            case SamplerKey(num_seqs, features, processors):
+                rows = RowLayout(num_seqs)
+                function, donated = (
+                    make_sampler(rows, features=features, processors=processors, num_top=num_top),
+                    (0, 1),
+                )
+                logits = jax.ShapeDtypeStruct((num_seqs, self._vocab_size), jnp.float32)
+                logits = abstract(logits, place.columns(self._vocab_size))
+                state = state if features == EVERY_FEATURE else None
+                args = state, last_token, logits, self._int32(rows.size)
+                logprobs = replicated if features == EVERY_FEATURE else None
+                out_shardings = (*jax.tree.map(lambda x: x.sharding, args[:2]), replicated, logprobs)
+            case PromptLogprobsKey(num_tokens):
+                function, donated = make_prompt_logprobs(self._flat, num_top), ()
+                hidden = jax.ShapeDtypeStruct((num_tokens, self.model_config.hidden_size), self.config.dtype)
+                args = leaves, abstract(hidden, replicated), self._int32(num_tokens)
+                out_shardings = replicated
+            case SetSlotKey():
+                function, donated = set_slot, (0,)
+                row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=replicated), state)
+                values = SlotValues(*(getattr(row, name) for name in SlotValues._fields))
+                args = state, abstract(jax.ShapeDtypeStruct((), jnp.int32), replicated), values
+                out_shardings = jax.tree.map(lambda x: x.sharding, state)
+        places = {} if place.mesh is None else {"out_shardings": out_shardings}
+        with place.context():
+            return jax.jit(function, donate_argnums=donated, **places).lower(*args)
+
+    def _int32(self, size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self._place.replicated())
+
+    def _abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
+        state = jax.eval_shape(self._make_state)
+        state = jax.tree.map(abstract, state, self._place.sampling_state(state, self._vocab_size))
+        return state, self._int32(self.config.scheduler.max_num_seqs)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
         return sum(map(bytes_on_a_device, self._flat.leaves, self._leaf_places))
-
-    def _compile(self, key: StepKey | str) -> Any:
-        if isinstance(key, StepKey):
-            return self.compile_step(key)
-        state = self._abstract_state()
-        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-        values = SlotValues(*(getattr(row, name) for name in SlotValues._fields))
-        values = jax.tree.map(lambda x: abstract(x, self._place.replicated()), values)
-        slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place.replicated())
-        places = {} if self._place.mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, state)}
-        return jax.jit(set_slot, donate_argnums=0, **places).lower(state, slot, values).compile()
 
     def _compiler_options(self) -> dict[str, Any]:
         # On CPU, LLVM's level 1 compiles a 135M model's step in 2.5 s instead of 3.4 s, and the step is as fast: the
         # time is in library matmuls (measured on 2 cores, 2026-11-23).
         return {"xla_backend_optimization_level": 1} if self.is_cpu else {}
 
-    def _step_temporary_bytes(self) -> int:
-        """Memory that the largest step needs beside its arguments, and that the weights need."""
-        memory = self._lower(StepKey(self.buckets[True][-1], True, self._processors), 16).compile().memory_analysis()
-        if memory is None:
-            raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
-        return (
-            self.weight_bytes() + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        )
+    def _bytes_beside_cache(self) -> int:
+        """Memory of one device that the weights need, and the largest step and its sampler."""
+        sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self._processors)
+        programs = [self._lower(key, num_pages=16).compile() for key in (self.buckets[-1], sampler)]
+        return self.weight_bytes() + sum(map(temporary_bytes, programs))
 
     def wait_until_warm(self) -> None:
         """Compiles whatever is left of the warm-up, and waits for it.
@@ -229,15 +269,14 @@ class ModelRunner:
         self._compiler.add(keys)
         self._compiler.wait(keys)
 
-    def compile_ahead(self, shapes: Iterable[StepShape]) -> list[StepKey]:
-        """Queues the greedy steps that hold steps of these shapes, and returns their keys."""
-        buckets = dict.fromkeys(self._fitting(shape, full=False)[0] for shape in shapes)
-        keys = [StepKey(bucket, False, self._processors) for bucket in buckets]
+    def compile_ahead(self, shapes: Iterable[StepShape]) -> list[ProgramKey]:
+        """Queues the model's parts of greedy steps of these shapes, and returns their keys."""
+        keys = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
         self._compiler.add(keys)
-        return keys
+        return list(keys)
 
-    def wait_until_compiled(self, keys: Iterable[StepKey]) -> None:
-        """Waits for steps that were queued.
+    def wait_until_compiled(self, keys: Iterable[ProgramKey]) -> None:
+        """Waits for programs that were queued.
 
         Raises:
             Exception: The first error of a compilation.
@@ -245,14 +284,14 @@ class ModelRunner:
         self._compiler.wait(keys)
 
     def compiled_programs(self) -> list[str]:
-        """The text of every step compiled so far, as XLA made it."""
+        """The text of every program compiled so far, as XLA made it."""
         return [self._compiler.get(key).as_text() for key in self._compiler.ready_keys()]
 
     def wait_until_ready(self) -> None:
         """Waits until a first step can run."""
         self._compiler.get(self._warmup_keys()[0])
 
-    def max_ready_tokens(self, full: bool) -> int | None:
+    def max_ready_tokens(self) -> int | None:
         """How many tokens the next step may have so that a compiled bucket holds it, however many sequences they are.
 
         While nothing is compiled yet, as many as the bucket that will be first. None for any number.
@@ -262,27 +301,24 @@ class ModelRunner:
         most = self.config.scheduler.max_num_seqs
         ready = [
             bucket.num_tokens
-            for bucket in self.buckets[full]
+            for bucket in self.buckets
             if bucket.num_seqs == min(bucket.num_tokens, most)
             and not bucket.decode_only
-            and self._is_ready(bucket, full)
+            and self._compiler.is_ready(bucket)
         ]
-        return max(ready, default=warmup_order(self.buckets[full])[0].num_tokens)
+        return max(ready, default=warmup_order(self.buckets)[0].num_tokens)
 
-    def _is_ready(self, bucket: Bucket, full: bool) -> bool:
-        return self._compiler.is_ready(StepKey(bucket, full, self._processors))
+    def _fitting(self, shape: StepShape) -> list[Bucket]:
+        return fitting(self.buckets, shape.num_tokens, shape.num_seqs, decode_only=shape.decode_only)
 
-    def _fitting(self, shape: StepShape, full: bool) -> list[Bucket]:
-        return fitting(self.buckets[full], shape.num_tokens, shape.num_seqs, decode_only=shape.decode_only)
-
-    def _pick(self, batch: ScheduledBatch, full: bool) -> Bucket:
+    def _pick(self, batch: ScheduledBatch) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
-        candidates = self._fitting(StepShape.of(batch), full)
+        candidates = self._fitting(StepShape.of(batch))
         if self.config.warmup == "none":
             return candidates[0]
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
         for bucket in candidates:
-            if bucket.num_tokens <= limit and self._is_ready(bucket, full):
+            if bucket.num_tokens <= limit and self._compiler.is_ready(bucket):
                 return bucket
         return candidates[0]
 
@@ -295,13 +331,33 @@ class ModelRunner:
         for sequence in batch.sequences:
             if sequence.new_in_slot:
                 self._take_slot(sequence)
-        full = any(needs_full_sampler(s.request.sampling_params) for s in batch.sequences)
-        bucket = self._pick(batch, full)
-        step = self._compiler.get(StepKey(bucket, full, self._processors))
-        order = order_rows(batch)
-        packed = pack(batch, order, PackedLayout(bucket, self.table_width, self.config.attention_backend), self._slots)
-        self._caches, self._state, outputs = step(self._leaves, self._caches, self._state, packed)
-        return StepHandle(outputs, order, batch)
+        bucket, order = self._pick(batch), order_rows(batch)
+        layout = self._layouts[bucket]
+        packed = pack(batch, order, layout, self._slots)
+        forward = self._compiler.get(bucket)
+        self._caches, self._last_token, outputs = forward(self._leaves, self._caches, self._last_token, packed)
+        rows = packed[layout.rows_start :]
+        tokens, logprobs = self._sample(outputs, bucket.num_seqs, rows, layout.rows.wanted_features(rows))
+        prompt_logprobs, targets = None, prompt_targets(batch, order, bucket.num_tokens)
+        if targets is not None:
+            prompt_logprobs = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))(
+                self._leaves, outputs.hidden, targets
+            )
+        return StepHandle(StepOutputs(tokens, logprobs, prompt_logprobs), order, batch)
+
+    def _sample(
+        self, outputs: ForwardOutputs, num_seqs: int, rows: np.ndarray, wanted: int
+    ) -> tuple[jax.Array, Logprobs | None]:
+        """The tokens, and their log probabilities if a row asks for them."""
+        if not wanted:
+            return outputs.tokens, None
+        features = feature_set(wanted)
+        sampler = self._compiler.get(SamplerKey(num_seqs, features, self._processors))
+        state = self._state if features == EVERY_FEATURE else None
+        state, self._last_token, tokens, logprobs = sampler(state, self._last_token, outputs.logits, rows)
+        if features == EVERY_FEATURE:
+            self._state = state
+        return tokens, logprobs if wanted & LOGPROBS else None
 
     def _take_slot(self, sequence) -> None:
         request = sequence.request
@@ -311,7 +367,7 @@ class ModelRunner:
             seed = zlib.crc32(request.request_id.encode(), self.config.seed & 0xFFFFFFFF)
         processors = self._processor_bits(params.logits_processors or ())
         if self._slots.take(sequence, seed, processors) & USES_STATE:
-            set_slot_compiled = self._compiler.get("set_slot")
+            set_slot_compiled = self._compiler.get(SetSlotKey())
             values = slot_values(request, self._vocab_size)
             self._state = set_slot_compiled(self._state, np.int32(sequence.slot), values)
 
@@ -350,10 +406,11 @@ class ModelRunner:
 
     def _allocate(self) -> None:
         self._caches = self._make_caches(self.num_pages)
-        state = self._make_state()
+        state, last_token = self._make_state(), jnp.zeros(self.config.scheduler.max_num_seqs, jnp.int32)
         if self._place.mesh is not None:
             state = jax.device_put(state, self._place.sampling_state(state, self._vocab_size))
-        self._state = state
+            last_token = jax.device_put(last_token, self._place.replicated())
+        self._state, self._last_token = state, last_token
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
@@ -361,9 +418,10 @@ class ModelRunner:
             return
         if level == 1:
             self._offloaded = jax.device_get(self._leaves)
-        for array in jax.tree.leaves((self._leaves if not self.is_cpu else [], self._caches, self._state)):
+        weights = self._leaves if not self.is_cpu else []  # device_get shares memory there
+        for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
-        self._leaves, self._caches, self._state = None, [], None
+        self._leaves, self._caches, self._state, self._last_token = None, [], None, None
 
     @property
     def is_sleeping(self) -> bool:
@@ -385,3 +443,15 @@ class ModelRunner:
         self._compiler.close()
         if self._leaves is not None:
             self.sleep(2)
+
+
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Memory of one device that a program needs beside its arguments.
+
+    Raises:
+        RuntimeError: The backend does not tell.
+    """
+    memory = program.memory_analysis()
+    if memory is None:
+        raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
+    return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)

@@ -44,13 +44,18 @@ class Placement:
         stacked = (None,) * (len(param.shape) - len(axes))  # the layers of a `LayerStack`
         return named_sharding(self.mesh, (*stacked, *axes), param.shape)
 
+    def columns(self, num_columns: int) -> NamedSharding | None:
+        """Of what has a column for every token: where that token's logits are."""
+        if self.mesh is None or num_columns % self.size:
+            return self.replicated()
+        return NamedSharding(self.mesh, PartitionSpec(None, MODEL))
+
     def sampling_state(self, state: Any, vocab_size: int) -> Any:
-        """Of the sampling state: what has a column for every token goes where that token's logits are."""
+        """Of the sampling state."""
 
         def of(x: jax.ShapeDtypeStruct) -> NamedSharding | None:
-            if self.mesh is None or len(x.shape) < 2 or x.shape[-1] != vocab_size or vocab_size % self.size:
-                return self.replicated()
-            return NamedSharding(self.mesh, PartitionSpec(None, MODEL))
+            has_column_per_token = len(x.shape) == 2 and x.shape[-1] == vocab_size
+            return self.columns(vocab_size) if has_column_per_token else self.replicated()
 
         return jax.tree.map(of, state)
 

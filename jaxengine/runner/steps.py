@@ -1,6 +1,9 @@
-"""The jitted step: embed, layers, logits, sample. One call a step, caches and state donated."""
+"""The jitted parts of a step: the model up to its most likely tokens, the sampler, log probabilities of prompts.
 
-import dataclasses
+A step of greedy requests is one call. The other parts are programs of their own, so that the model is compiled once a
+bucket and not once a way of sampling, and nothing in a step depends on a condition that the device must tell the host.
+"""
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,26 +12,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxengine.runner.input_batch import PackedLayout
-from jaxengine.sampling.logprobs import Logprobs, empty_logprobs, gather_logprobs
+from jaxengine.runner.input_batch import PackedLayout, RowLayout
+from jaxengine.sampling.logprobs import Logprobs, gather_logprobs
 from jaxengine.sampling.sampler import LogitsProcessor, greedy, record_last, sample
 from jaxengine.sampling.state import SamplingState
 
 PROMPT_LOGPROB_ROWS = 32  # rows whose logits are alive together
 
 
-class StepOutputs(NamedTuple):
-    """What a step returns to the host.
+class ForwardOutputs(NamedTuple):
+    """What the model says.
 
     Attributes:
-        tokens: i32[S].
-        logprobs: of the sampled tokens; None in the greedy variant.
-        prompt_logprobs: of `targets`, one row a token; None in the greedy variant.
+        tokens: i32[S], the most likely ones.
+        logits: f32[S, V] after each sequence's last token.
+        hidden: [T, D], the normalised hidden states.
     """
 
     tokens: jax.Array
-    logprobs: Logprobs | None
-    prompt_logprobs: Logprobs | None
+    logits: jax.Array
+    hidden: jax.Array
 
 
 class FlatModel:
@@ -42,52 +45,64 @@ class FlatModel:
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))
 
 
-def make_step(
-    model: FlatModel, layout: PackedLayout, *, full: bool, processors: Sequence[LogitsProcessor], num_top: int
-):
-    """The step for one bucket.
-
-    Args:
-        full: With the whole sampler; without, for steps in which every row is plain argmax.
-        processors: Users' logits processors, in the order of the bits of `SamplingRows.processors`.
-        num_top: Most likely tokens returned with log probabilities.
+def make_forward(model: FlatModel, layout: PackedLayout):
+    """The model's part of a step, for one bucket.
 
     Returns:
-        step(leaves, caches, state, packed) -> (caches, state, StepOutputs); arguments 1 and 2 are to be donated.
+        forward(leaves, caches, last_token, packed) -> (caches, last_token, ForwardOutputs); caches and last_token,
+        i32[R], are to be donated. The most likely tokens are noted in last_token.
     """
 
-    def step(leaves, caches, state: SamplingState, packed: jax.Array):
+    def forward(leaves, caches, last_token: jax.Array, packed: jax.Array):
         inputs = layout.unpack(packed)
-        rows = inputs.rows
         lm = model.merge(leaves)
         # Only decodes feed on the token sampled last, and the i-th decode's token is the i-th row.
         num_seqs = layout.bucket.num_seqs
         first = inputs.token_ids[:num_seqs]
-        first = jnp.where(first < 0, state.last_token[rows.slot], first)
+        first = jnp.where(first < 0, last_token[inputs.rows.slot], first)
         token_ids = inputs.token_ids.at[:num_seqs].set(first)
         hidden, caches = lm(token_ids, inputs.positions, caches, inputs.meta)  # [T, D]
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
-        if not full:
-            tokens = greedy(logits)
-            state = dataclasses.replace(state, last_token=record_last(tokens, rows, state.last_token))
-            return caches, state, StepOutputs(tokens, None, None)
-        tokens, logprobs, state = sample(logits, rows, state, processors, num_top)
-        prompt_logprobs = lax.cond(
-            (inputs.targets >= 0).any(),
-            lambda: _prompt_logprobs(lm.compute_logits, hidden, inputs.targets, num_top),
-            lambda: empty_logprobs(hidden.shape[0], num_top),
-        )
-        return caches, state, StepOutputs(tokens, logprobs, prompt_logprobs)
+        tokens = greedy(logits)
+        return caches, record_last(tokens, inputs.rows, last_token), ForwardOutputs(tokens, logits, hidden)
 
-    return step
+    return forward
 
 
-def _prompt_logprobs(compute_logits, hidden: jax.Array, targets: jax.Array, num_top: int) -> Logprobs:
-    """Log probabilities of `targets` i32[T] after each row, a few rows' logits at a time."""
-    num_tokens = targets.shape[0]
-    chunk = min(PROMPT_LOGPROB_ROWS, num_tokens)
-    pad = -num_tokens % chunk
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
-    targets = jnp.pad(jnp.maximum(targets, 0), (0, pad)).reshape(-1, chunk)
-    chunks = lax.map(lambda x: gather_logprobs(compute_logits(x[0]), x[1], num_top), (hidden, targets))
-    return Logprobs(*(x.reshape(-1, *x.shape[2:])[:num_tokens] for x in chunks))
+def make_sampler(layout: RowLayout, *, features: int, processors: Sequence[LogitsProcessor], num_top: int):
+    """The sampler of steps of S sequences that ask for no other features than these.
+
+    Args:
+        processors: Users' logits processors, in the order of the bits of `SamplingRows.processors`.
+        num_top: Most likely tokens returned with log probabilities.
+
+    Returns:
+        sampler(state, last_token, logits, packed) -> (state, last_token, tokens, logprobs), see `sample`; state and
+        last_token are to be donated. `packed` is the rows' part of the step's buffer.
+    """
+
+    def sampler(state: SamplingState | None, last_token: jax.Array, logits: jax.Array, packed: jax.Array):
+        rows = layout.unpack(packed)
+        return sample(logits, rows, state, last_token, features=features, processors=processors, num_top=num_top)
+
+    return sampler
+
+
+def make_prompt_logprobs(model: FlatModel, num_top: int):
+    """Log probabilities of `targets` i32[T] after each row of `hidden` [T, D], a few rows' logits at a time.
+
+    Returns:
+        prompt_logprobs(leaves, hidden, targets) -> Logprobs of T rows.
+    """
+
+    def prompt_logprobs(leaves, hidden: jax.Array, targets: jax.Array) -> Logprobs:
+        lm = model.merge(leaves)
+        num_tokens = targets.shape[0]
+        chunk = min(PROMPT_LOGPROB_ROWS, num_tokens)
+        pad = -num_tokens % chunk
+        hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+        targets = jnp.pad(targets, (0, pad)).reshape(-1, chunk)
+        chunks = lax.map(lambda x: gather_logprobs(lm.compute_logits(x[0]), x[1], num_top), (hidden, targets))
+        return Logprobs(*(x.reshape(-1, *x.shape[2:])[:num_tokens] for x in chunks))
+
+    return prompt_logprobs

@@ -3,10 +3,13 @@
 The order is vLLM's: banned tokens and logit bias, bad words, min_tokens, the user's processors, penalties; then argmax,
 or temperature, min-p, top-k, top-p and a draw. Log probabilities are those of the unchanged logits.
 
-Parts that no row of the step asks for are skipped at run time (`lax.cond`), so that one compiled step serves them all.
+The sampler is compiled for sets of features: random draws, those with filters, and everything. In the last, parts that
+no row of the step asks for are skipped at run time (`lax.cond`). The first two, which most requests need, do without:
+on a GPU the host waits for a condition's outcome, and the device then for the host.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +32,9 @@ LOGPROBS = 64
 PROCESSORS = 128
 # Features that read a row of SamplingState.
 USES_STATE = PENALTIES | TOKEN_RULES | MIN_TOKENS | BAD_WORDS | PROCESSORS
+EVERY_FEATURE = USES_STATE | RANDOM | FILTER | LOGPROBS
+# What samplers are compiled for.
+FEATURE_SETS = (RANDOM, RANDOM | FILTER, EVERY_FEATURE)
 
 
 @jax.tree_util.register_dataclass
@@ -82,18 +88,38 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def feature_set(wanted: int) -> int:
+    """The smallest of `FEATURE_SETS` that has all wanted features."""
+    return next(features for features in FEATURE_SETS if not wanted & ~features)
+
+
 def sample(
-    logits: jax.Array, rows: SamplingRows, state: SamplingState, processors: Sequence[LogitsProcessor], num_top: int
-) -> tuple[jax.Array, Logprobs, SamplingState]:
-    """Samples one token a row and records it in the state.
+    logits: jax.Array,
+    rows: SamplingRows,
+    state: SamplingState | None,
+    last_token: jax.Array,
+    *,
+    features: int,
+    processors: Sequence[LogitsProcessor],
+    num_top: int,
+) -> tuple[SamplingState | None, jax.Array, jax.Array, Logprobs | None]:
+    """Samples one token a row and notes it.
 
     Args:
       logits: f32[S, V].
+      state: None unless `features` is EVERY_FEATURE.
+      last_token: i32[R], the token sampled last in each slot.
+      features: one of `FEATURE_SETS`; no row asks for others.
       num_top: most likely tokens returned with the log probabilities.
 
     Returns:
-      tokens i32[S]; their log probabilities (zeros unless some row asks); the state with outputs counted.
+      the state with outputs counted; last_token; tokens i32[S]; their log probabilities (zeros unless some row asks),
+      None unless `features` is EVERY_FEATURE.
     """
+    if features != EVERY_FEATURE:
+        tokens = _draw(logits, rows, lambda x: _filter(x, rows) if features & FILTER else x)
+        return None, record_last(tokens, rows, last_token), tokens, None
+    assert state is not None
     wanted = jnp.bitwise_or.reduce(rows.features)
 
     def when(feature: int, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -107,16 +133,17 @@ def sample(
     logits = when(BAD_WORDS, lambda x: _ban_words(x, rows, state), logits)
     logits = when(MIN_TOKENS, lambda x: jnp.where(state.token_flags[rows.slot] & IS_STOP, -jnp.inf, x), logits)
     if processors:
-        logits = when(PROCESSORS, lambda x: _apply_processors(x, rows, state, processors), logits)
+        logits = when(PROCESSORS, lambda x: _apply_processors(x, rows, state, last_token, processors), logits)
     logits = when(PENALTIES, lambda x: _penalise(x, rows, state), logits)
-    tokens = lax.cond(wanted & RANDOM != 0, lambda x: _draw(x, rows, wanted), greedy, logits)
+    draw = functools.partial(_draw, rows=rows, filtered=lambda x: when(FILTER, lambda y: _filter(y, rows), x))
+    tokens = lax.cond(wanted & RANDOM != 0, draw, greedy, logits)
     logprobs = lax.cond(
         wanted & LOGPROBS != 0,
         lambda x: gather_logprobs(x, tokens, num_top),
         lambda x: empty_logprobs(x.shape[0], num_top),
         raw,
     )
-    return tokens, logprobs, _record(tokens, rows, state)
+    return _record(tokens, rows, state), record_last(tokens, rows, last_token), tokens, logprobs
 
 
 def _token_rules(logits, rows, state):
@@ -133,8 +160,8 @@ def _ban_words(logits, rows, state):
     return jax.vmap(lambda x, ids: x.at[ids].set(-jnp.inf, mode="drop"))(logits, banned)
 
 
-def _apply_processors(logits, rows, state, processors):
-    states = LogitsState(rows.position, state.last_token[rows.slot], state.output_counts[rows.slot])
+def _apply_processors(logits, rows, state, last_token, processors):
+    states = LogitsState(rows.position, last_token[rows.slot], state.output_counts[rows.slot])
     for i, processor in enumerate(processors):
         chosen = (rows.processors >> i) & 1 == 1
         logits = jnp.where(chosen[:, None], jax.vmap(processor)(logits, states), logits)
@@ -150,28 +177,28 @@ def _penalise(logits, rows, state):
     return logits - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
 
 
-def _draw(logits, rows, wanted):
-    """Gumbel-max sampling; rows without RANDOM keep their argmax."""
-    is_random = rows.features & RANDOM != 0
-    scaled = logits / jnp.where(is_random, rows.temperature, 1.0)[:, None]
-    scaled = lax.cond(
-        wanted & FILTER != 0, lambda x: filter_logits(x, rows.top_k, rows.top_p, rows.min_p), lambda x: x, scaled
-    )
+def _filter(scaled, rows):
+    return filter_logits(scaled, rows.top_k, rows.top_p, rows.min_p)
+
+
+def _draw(logits, rows, filtered):
+    """Gumbel-max sampling; rows without RANDOM get their argmax."""
+    is_random = (rows.features & RANDOM != 0)[:, None]
+    scaled = logits / jnp.where(is_random, rows.temperature[:, None], 1.0)
 
     def noise(seed, position):
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (logits.shape[-1],))
 
-    drawn = greedy(scaled + jax.vmap(noise)(rows.seed, rows.position))
-    return jnp.where(is_random, drawn, greedy(logits))
+    drawn = filtered(scaled) + jax.vmap(noise)(rows.seed, rows.position)
+    return greedy(jnp.where(is_random, drawn, logits))
 
 
 def _record(tokens, rows, state):
     """Notes the sampled tokens in the rows that sample."""
-    slot = jnp.where(rows.samples == 1, rows.slot, state.last_token.shape[0])  # out of range: dropped
+    slot = jnp.where(rows.samples == 1, rows.slot, state.recent_tokens.shape[0])  # out of range: dropped
     recent = jnp.concatenate([state.recent_tokens[rows.slot][:, 1:], tokens[:, None]], axis=1)
     return dataclasses.replace(
         state,
-        last_token=record_last(tokens, rows, state.last_token),
         recent_tokens=state.recent_tokens.at[slot].set(recent, mode="drop"),
         output_counts=state.output_counts.at[slot, tokens].add(1, mode="drop"),
     )

@@ -18,10 +18,9 @@ IS_BANNED = 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingState:
-    """R = max_num_seqs rows. All but `last_token` hold stale data in rows whose request does not use them.
+    """R = max_num_seqs rows, with stale data in those whose request does not use them.
 
     Attributes:
-      last_token: i32[R], the token sampled last: the next step's input.
       recent_tokens: i32[R, MAX_BAD_WORD_LEN - 1], the newest output tokens, newest last; -1 where there are fewer.
       output_counts: i32[R, V], how often each token was output.
       token_flags: u8[R, V], IN_PROMPT | IS_STOP | IS_BANNED.
@@ -29,7 +28,6 @@ class SamplingState:
       bad_words: i32[R, MAX_BAD_WORDS, MAX_BAD_WORD_LEN], aligned right, padded with -1.
     """
 
-    last_token: jax.Array
     recent_tokens: jax.Array
     output_counts: jax.Array
     token_flags: jax.Array
@@ -39,7 +37,6 @@ class SamplingState:
 
 def make_sampling_state(num_rows: int, vocab_size: int) -> SamplingState:
     return SamplingState(
-        last_token=jnp.zeros(num_rows, jnp.int32),
         recent_tokens=jnp.full((num_rows, MAX_BAD_WORD_LEN - 1), -1, jnp.int32),
         output_counts=jnp.zeros((num_rows, vocab_size), jnp.int32),
         token_flags=jnp.zeros((num_rows, vocab_size), jnp.uint8),
@@ -49,7 +46,7 @@ def make_sampling_state(num_rows: int, vocab_size: int) -> SamplingState:
 
 
 class SlotValues(NamedTuple):
-    """One row of the state but `last_token`, built on the host."""
+    """One row of the state, built on the host."""
 
     recent_tokens: np.ndarray
     output_counts: np.ndarray

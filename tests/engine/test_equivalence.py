@@ -82,7 +82,7 @@ def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
     make_buckets = model_runner.make_buckets
     monkeypatch.setattr(model_runner, "make_buckets", lambda *args, coarse: make_buckets(*args, coarse=False))
     with LLM(str(tiny), **(BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16})) as llm:
-        assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.buckets[False])
+        assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.buckets)
         assert greedy(llm, prompts) == want
 
 

@@ -19,8 +19,7 @@ from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes
 from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout
-from jaxengine.runner.steps import FlatModel, make_step
-from jaxengine.sampling.state import make_sampling_state
+from jaxengine.runner.steps import FlatModel, make_forward
 
 CONFIG = Path(workloads.__file__).parent / "configs" / "llama-3.2-1b.json"
 BUCKETS = (Bucket(16, 16, decode_only=True), Bucket(256, 16))  # decodes; and with chunks of prompts
@@ -37,14 +36,14 @@ def compile_step(bucket: Bucket, topology: str) -> dict[str, Any]:
     config = dataclasses.replace(config, max_model_len=TABLE_WIDTH * PAGE_SIZE)
     flat = FlatModel(abstract_model(config, "bfloat16"))
     layout = PackedLayout(bucket, TABLE_WIDTH, "mosaic_tpu")
-    step = make_step(flat, layout, full=True, processors=(), num_top=5)
     spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, PAGE_SIZE, "bfloat16", "bfloat16")
     shapes = cache_shapes(spec, NUM_PAGES, "mosaic_tpu")
     caches = [tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)] * config.num_layers
-    state = jax.eval_shape(lambda: make_sampling_state(bucket.num_seqs, config.vocab_size))
-    arguments = (list(flat.leaves), caches, state, jax.ShapeDtypeStruct((layout.size,), jnp.int32))
+    last_token, packed = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (bucket.num_seqs, layout.size))
+    arguments = (list(flat.leaves), caches, last_token, packed)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    memory = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments).compile().memory_analysis()
+    forward = jax.jit(make_forward(flat, layout), donate_argnums=(1, 2))
+    memory = forward.lower(*arguments).compile().memory_analysis()
     assert memory is not None
     return {
         "tokens": bucket.num_tokens,
@@ -65,7 +64,7 @@ def test_compiles_for_a_tpu_in_place(topology, compile_for_tpu, record_property)
     assert [row["tokens"] for row in rows] == [bucket.num_tokens for bucket in BUCKETS]
     for row in rows:
         record_property(f"{topology} {row['tokens']}", row)
-        assert row["alias_bytes"] >= row["cache_bytes"]  # the caches, and the sampler's state
+        assert row["alias_bytes"] >= row["cache_bytes"]  # the caches
         assert row["temp_bytes"] < row["cache_bytes"] / 2
 
 

@@ -1,5 +1,7 @@
 """The sampler against numpy, row by row, in mixed batches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,17 @@ from jaxengine.engine.request import Request
 from jaxengine.runner.input_batch import request_features
 from jaxengine.sampling.filters import filter_logits
 from jaxengine.sampling.logprobs import gather_logprobs
-from jaxengine.sampling.sampler import MIN_TOKENS, PROCESSORS, SamplingRows, sample
+from jaxengine.sampling.sampler import (
+    EVERY_FEATURE,
+    FEATURE_SETS,
+    FILTER,
+    MIN_TOKENS,
+    PROCESSORS,
+    RANDOM,
+    SamplingRows,
+    feature_set,
+    sample,
+)
 from jaxengine.sampling.state import make_sampling_state, set_slot, slot_values
 from jaxengine.sampling_params import SamplingParams
 
@@ -99,7 +111,7 @@ GREEDY_ROWS = [
 ]
 
 
-def run_rows(all_params, steps=12, processors=(), seed=0):
+def run_rows(all_params, steps=12, processors=(), seed=0, features=EVERY_FEATURE):
     """Samples `steps` tokens for all rows together from random logits; returns tokens and the logits of each step."""
     rng = np.random.default_rng(seed)
     num_slots = len(all_params) + 2
@@ -110,7 +122,8 @@ def run_rows(all_params, steps=12, processors=(), seed=0):
     slots = rng.permutation(num_slots)[: len(all_params)]
     for request, slot in zip(requests, slots, strict=True):
         state = set_slot(state, jnp.int32(slot), slot_values(request, VOCAB))
-    step = jax.jit(lambda logits, rows, state: sample(logits, rows, state, processors, 5))
+    last_token = jnp.zeros(num_slots, jnp.int32)
+    step = jax.jit(functools.partial(sample, features=features, processors=processors, num_top=5))
     drawn, outputs = [], [[] for _ in requests]
     for position in range(steps):
         logits = rng.normal(size=(len(requests), VOCAB)).astype(np.float32) * 2
@@ -118,14 +131,14 @@ def run_rows(all_params, steps=12, processors=(), seed=0):
         def field(read, dtype):
             return jnp.asarray([read(p) for p in all_params], dtype)
 
-        def features(params, position=position):
+        def wanted(params, position=position):
             bits = request_features(params)
             return bits & ~MIN_TOKENS if position >= params.min_tokens else bits
 
         rows = SamplingRows(
             slot=jnp.asarray(slots, jnp.int32),
             samples=jnp.ones(len(requests), jnp.int32),
-            features=field(features, jnp.int32),
+            features=field(wanted, jnp.int32),
             processors=field(lambda p: 1 if request_features(p) & PROCESSORS else 0, jnp.int32),
             seed=field(lambda p: p.seed or 0, jnp.int32),
             position=jnp.full(len(requests), position, jnp.int32),
@@ -137,15 +150,16 @@ def run_rows(all_params, steps=12, processors=(), seed=0):
             presence=field(lambda p: p.presence_penalty, jnp.float32),
             frequency=field(lambda p: p.frequency_penalty, jnp.float32),
         )
-        tokens, _, state = step(logits, rows, state)
+        kept, last_token, tokens, _ = step(logits, rows, state if features == EVERY_FEATURE else None, last_token)
+        state = state if kept is None else kept
         drawn.append((logits, [list(o) for o in outputs], np.asarray(tokens)))
         for output, token in zip(outputs, np.asarray(tokens).tolist(), strict=True):
             output.append(token)
-    return requests, drawn, state, slots
+    return requests, drawn, (state, last_token), slots
 
 
 def test_every_rule_in_one_batch_matches_plain_python():
-    requests, drawn, state, slots = run_rows(GREEDY_ROWS)
+    requests, drawn, (state, last_token), slots = run_rows(GREEDY_ROWS)
     for logits, outputs, tokens in drawn:
         for row, request in enumerate(requests):
             x = numpy_logits(
@@ -153,14 +167,14 @@ def test_every_rule_in_one_batch_matches_plain_python():
             )
             assert tokens[row] == np.argmax(x), (row, request.sampling_params)
     last = drawn[-1][2]
-    np.testing.assert_array_equal(np.asarray(state.last_token)[slots], last)
+    np.testing.assert_array_equal(np.asarray(last_token)[slots], last)
     counts = np.asarray(state.output_counts)[slots]
     assert (counts.sum(axis=1) == len(drawn)).all()
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch():
     random_row = make_params(temperature=1.3, seed=7, top_p=0.9)
-    alone = run_rows([random_row], seed=3)[1]
+    alone = run_rows([random_row], seed=3, features=RANDOM | FILTER)[1]
     batch = run_rows([random_row, *GREEDY_ROWS, make_params(temperature=1.0, seed=8)], seed=3)[1]
     for one, many in zip(alone, batch, strict=True):
         for logits, _, tokens in (one, many):
@@ -169,6 +183,18 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch():
                 filter_logits(jnp.asarray(logits[:1]) / 1.3, jnp.array([0]), jnp.array([0.9]), jnp.array([0.0]))
             )
             assert tokens[0] == np.argmax(x[0] + np.asarray(noise))
+
+
+def test_a_greedy_row_among_random_ones_gets_its_argmax():
+    for features in FEATURE_SETS:
+        rows = [make_params(), make_params(temperature=5.0, seed=1)]
+        _, drawn, _, _ = run_rows(rows, features=features)
+        assert all(tokens[0] == np.argmax(logits[0]) for logits, _, tokens in drawn)
+        assert any(tokens[1] != np.argmax(logits[1]) for logits, _, tokens in drawn)
+
+
+def test_the_smallest_sampler_is_chosen():
+    assert [feature_set(wanted) for wanted in (RANDOM, RANDOM | FILTER, MIN_TOKENS)] == list(FEATURE_SETS)
 
 
 def test_draws_follow_the_distribution():
@@ -184,7 +210,10 @@ def test_draws_follow_the_distribution():
         top_k=jnp.zeros(num, jnp.int32),
         **{n: jnp.ones(num) for n in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")},
     )
-    tokens, _, _ = sample(jnp.tile(logits, (num, 1)), rows, make_sampling_state(1, 4), (), 1)
+    last_token = jnp.zeros(1, jnp.int32)
+    _, _, tokens, _ = sample(
+        jnp.tile(logits, (num, 1)), rows, None, last_token, features=RANDOM, processors=(), num_top=1
+    )
     shares = np.bincount(np.asarray(tokens), minlength=4) / num
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
