@@ -220,6 +220,11 @@ class ModelConfig:
             set_field(self, "attention_scale", self.attention_scale or self.head_dim**-0.5)
         set_field(self, "max_model_len", self.max_model_len or self.max_position_embeddings)
 
+    def first_layers(self, count: int) -> ModelConfig:
+        """The same model with fewer layers."""
+        kinds = {"layer_types": self.layer_types[:count], "rope_layers": self.rope_layers[:count]}
+        return dataclasses.replace(self, num_layers=min(count, self.num_layers), **kinds)
+
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens, or None if it sees everything."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None

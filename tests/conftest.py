@@ -88,13 +88,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0) -> None:
-    """Writes a random Llama in Hugging Face's form: 2 layers, hidden size 64, 4 query and 2 key-value heads."""
+def write_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2) -> None:
+    """Writes a random Llama in Hugging Face's form: hidden size 64, 4 query and 2 key-value heads."""
     from safetensors.numpy import save_file
 
     specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    hidden, ffn, heads, kv_heads, head_dim, layers = 64, 128, 4, 2, 16, 2
+    hidden, ffn, heads, kv_heads, head_dim = 64, 128, 4, 2, 16
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
+from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
@@ -37,7 +38,7 @@ MAX_STRETCH = 4
 LAZY_SHAPES = 2
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SamplerKey:
     """One compiled sampler."""
 
@@ -46,14 +47,14 @@ class SamplerKey:
     processors: tuple[LogitsProcessor, ...]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PromptLogprobsKey:
     """The compiled log probabilities of prompts in steps of so many tokens."""
 
     num_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SetSlotKey:
     """What initialises a row of the sampler's state."""
 
@@ -254,10 +255,17 @@ class ModelRunner:
         return {"xla_backend_optimization_level": 1} if self.is_cpu else {}
 
     def _bytes_beside_cache(self) -> int:
-        """Memory of one device that the weights need, and the largest step and its sampler."""
+        """Memory of one device that the weights need, and the largest step and its sampler.
+
+        A model of two layers tells: each layer's temporaries take the place of the one's before it.
+        """
+        model = self.model_config.first_layers(2)
+        config = dataclasses.replace(self.config, model=model, num_pages=16, warmup="none")
+        runner = ModelRunner(abstract_model(model, config.dtype, config.weight_dtype), config, self.mesh)
         sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self._processors)
-        programs = [self._lower(key, num_pages=16).compile() for key in (self.buckets[-1], sampler)]
-        return self.weight_bytes() + sum(map(temporary_bytes, programs))
+        used = [temporary_bytes(runner.compile_program(key)) for key in (self.buckets[-1], sampler)]
+        runner.close()
+        return self.weight_bytes() + sum(used)
 
     def wait_until_warm(self) -> None:
         """Compiles whatever is left of the warm-up, and waits for it.

@@ -45,18 +45,36 @@ def gather_logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Lo
     )
 
 
+GROUP = 128  # columns
+
+
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of f32[R, V] and where they are; of devices that share the columns, each finds its own first."""
+    """The k largest of f32[R, V] and where they are, equal ones in order; of devices that share the columns, each finds
+    its own first."""
     size = model_axis_size()
     width = x.shape[1] // size
     if size == 1 or x.shape[1] % size or k > width:
-        return lax.top_k(x, k)
+        return _top_k(x, k)
 
     def of_one_device(part):  # [R, V / size]
-        best, ids = lax.top_k(part, k)
+        best, ids = _top_k(part, k)
         return best, ids + lax.axis_index(MODEL) * width
 
     columns = PartitionSpec(None, MODEL)
     best, ids = jax.shard_map(of_one_device, in_specs=columns, out_specs=(columns, columns))(x)  # [R, size * k]
     best, chosen = lax.top_k(best, k)
     return best, jnp.take_along_axis(ids, chosen, axis=1)
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """As `lax.top_k`, which sorts all columns; here only those of the k groups with the largest maxima."""
+    num_rows, width = x.shape
+    num_groups = -(-width // GROUP)
+    if num_groups <= 2 * k:
+        return lax.top_k(x, k)
+    groups = jnp.pad(x, ((0, 0), (0, num_groups * GROUP - width)), constant_values=-jnp.inf)
+    groups = groups.reshape(num_rows, num_groups, GROUP)
+    _, chosen = lax.top_k(groups.max(axis=-1), k)
+    chosen = jnp.sort(chosen, axis=-1)  # so that of equal columns the first is found
+    best, at = lax.top_k(jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(num_rows, -1), k)
+    return best, jnp.take_along_axis(chosen, at // GROUP, axis=1) * GROUP + at % GROUP

@@ -9,8 +9,9 @@ import pytest
 
 from jaxengine.engine.request import Request
 from jaxengine.runner.input_batch import request_features
+from jaxengine.sampling import filters
 from jaxengine.sampling.filters import filter_logits
-from jaxengine.sampling.logprobs import gather_logprobs
+from jaxengine.sampling.logprobs import gather_logprobs, top_k
 from jaxengine.sampling.sampler import (
     EVERY_FEATURE,
     FEATURE_SETS,
@@ -56,6 +57,22 @@ def test_filters_keep_what_sorting_keeps(top_k, top_p, min_p):
     np.testing.assert_array_equal(got[finite], logits[finite])
 
 
+@pytest.mark.parametrize("find", [filters._bit_by_bit, filters._four_bits_at_a_time])
+def test_thresholds_are_exact(find):
+    rng = np.random.default_rng(2)
+    keys = rng.integers(0, 2**32, (7, 333), dtype=np.uint32)
+    keys[1] = 2**32 - 1
+    keys[2, ::2] = keys[2, 0]
+    weights = rng.integers(0, 5, keys.shape).astype(np.float32)
+    total = weights.sum(axis=1)
+    target = np.array([1, total[1], total[2] // 2, total[3], 3, total[5] / 3, total[6] - 1], np.float32)
+    found = np.asarray(jax.jit(find)(keys, weights, target))
+    for row, threshold in enumerate(found):
+        assert weights[row][keys[row] >= threshold].sum() >= target[row]
+        higher = int(threshold) + 1
+        assert higher == 2**32 or weights[row][keys[row] >= higher].sum() < target[row]
+
+
 def test_top_k_keeps_ties_and_banned_tokens_stay_banned():
     logits = np.full((1, VOCAB), -np.inf, np.float32)
     logits[0, :4] = [3.0, 2.0, 2.0, 1.0]
@@ -72,6 +89,16 @@ def test_logprobs_ranks_and_order():
         assert got.token_ids[row].tolist() == [5 + row, *order[:4].tolist()]
         np.testing.assert_allclose(got.logprobs[row], want[row][np.asarray(got.token_ids[row])], atol=1e-5)
         assert got.ranks[row] == 1 + order.tolist().index(5 + row)
+
+
+def test_the_best_of_many_columns_come_in_order():
+    x = np.random.default_rng(3).integers(-40, 40, (4, 3001)).astype(np.float32)
+    x[1] = -np.inf
+    x[2, 5:] = -np.inf
+    best, ids = jax.jit(top_k, static_argnums=1)(x, 7)
+    order = np.argsort(-x, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(best, np.take_along_axis(x, order, axis=1))
 
 
 def numpy_logits(logits, params, prompt, outputs, stops):
