@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -158,7 +159,7 @@ class GpuPreset:
         return errors
 
     def _measure(self, llm: LLM, row: GpuRow) -> GpuRowResult:
-        folder = None if self._profile is None else self._profile / row.name.replace("/", "_").replace(" ", "_")
+        folder = None if self._profile is None else self._profile / re.sub(r"[^\w.-]+", "_", row.name)
         if row.kind == "decode":
             with trace(folder):
                 decoded = measure_decode(llm, decode_batch(llm, row), bandwidth=self._bandwidth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -16,6 +17,10 @@ from jaxengine.sharding.layout import Runs
 
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
+MANY_ROWS = 256
+"""From here on a product is asked for in the dtype it is wanted in: asked for in float32, a GPU's library wrote it so
+and another kernel rounded it (86 us after 715 for 2048 x 4096 x 28672; H200, jax 0.11.2, 2026-11-24). With few rows XLA
+sums parts of a product in a kernel of their own, which also rounds."""
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
@@ -32,39 +37,45 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
     Returns:
         `[..., out]`.
     """
-    if weight.dtype != x.dtype and weight.size * x.dtype.itemsize > CONVERTED_BYTES:
-        product = _dot_by_blocks(x, weight)
-    else:
-        product = _dot(x, weight)
-    return product.astype(out_dtype or x.dtype)
+    has_large_copy = weight.dtype != x.dtype and weight.size * x.dtype.itemsize > CONVERTED_BYTES
+    multiply = _dot_by_blocks if has_large_copy else _dot
+    return multiply(x, weight, out_dtype or x.dtype)
 
 
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     if x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu":
         # XLA reads the weights of a matrix-vector product at 1 GB/s there, those of two rows at 20 (AMX, 2026-11-23).
         twice = jnp.concatenate([x.reshape(1, -1)] * 2)
-        product = lax.optimization_barrier(_dot(twice, weight))  # or XLA would take the second row out again
+        product = lax.optimization_barrier(_dot(twice, weight, out_dtype))  # or XLA would take the second row out again
         return product[0].reshape(*x.shape[:-1], -1)
-    return lax.dot_general(
-        x,
-        weight.astype(x.dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
-        preferred_element_type=jnp.float32,
-    )
+    weight = weight.astype(x.dtype)
+
+    def multiply(x, weight, sums_dtype):
+        return lax.dot_general(
+            x,
+            weight,
+            (((x.ndim - 1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
+            preferred_element_type=sums_dtype,
+        ).astype(out_dtype)
+
+    in_float32 = functools.partial(multiply, sums_dtype=jnp.float32)
+    if x.size < MANY_ROWS * x.shape[-1]:
+        return in_float32(x, weight)
+    return lax.platform_dependent(x, weight, cpu=in_float32, default=functools.partial(multiply, sums_dtype=out_dtype))
 
 
-def _dot_by_blocks(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _dot_by_blocks(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     """The product with a weight that is converted block by block of its rows, the last of them moved back to fit."""
     num_rows = weight.shape[0]
     block = max(CONVERTED_BYTES // (weight.shape[1] * x.dtype.itemsize), 1)
 
     def body(i, out):
         start = jnp.minimum(i * block, num_rows - block)
-        product = _dot(x, lax.dynamic_slice_in_dim(weight, start, block))
+        product = _dot(x, lax.dynamic_slice_in_dim(weight, start, block), out_dtype)
         return lax.dynamic_update_slice_in_dim(out, product, start, axis=-1)
 
-    return lax.fori_loop(0, -(-num_rows // block), body, jnp.zeros((*x.shape[:-1], num_rows), jnp.float32))
+    return lax.fori_loop(0, -(-num_rows // block), body, jnp.zeros((*x.shape[:-1], num_rows), out_dtype))
 
 
 class Linear(nnx.Module):
