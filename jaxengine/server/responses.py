@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -48,6 +49,7 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     options = server.parsed_text_options(tools=bool(offered))
     params = body.make_params(llm.default_sampling_params(), max_tokens=body.max_output_tokens, **options)
     call = _Call(body, model, server, params, earlier)
+    call.check()
 
     def process() -> list[ProcessedInput]:
         text = server.render_chat(
@@ -130,6 +132,13 @@ class _Call:
             "truncation": "disabled",
             "background": False,
         }
+
+    def check(self) -> None:
+        """Raises APIError if what is to be told and stored again is no valid Unicode: half a surrogate pair."""
+        try:
+            msgspec.json.encode([self._response, self._items])
+        except UnicodeEncodeError as error:
+            raise APIError(400, f"the body is not valid Unicode: {error}") from error
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
         """The whole answer: the response that the last event carries."""

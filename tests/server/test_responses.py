@@ -154,10 +154,13 @@ def test_an_answer_that_is_cut_short(client):
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens", "greater"),
         ({"input": "x", "top_p": 3}, "top_p", "(0, 1]"),
         ({"input": "x", "n": 2}, "n", "no such field"),
+        ({"input": "x", "metadata": {"a": "\ud800"}}, None, "the body is not valid Unicode"),
+        ({"input": "x", "chat_template": "\ud800"}, "prompt", "prompt is not valid Unicode"),
     ],
 )
 def test_wrong_bodies(scripted_server, body, param, message):
-    answer = scripted_server.post("/v1/responses", body)
+    data = json.dumps(body)  # httpx would refuse half a surrogate pair itself
+    answer = scripted_server.post("/v1/responses", None, content=data, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert message in error["message"]
