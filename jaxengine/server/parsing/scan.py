@@ -51,3 +51,18 @@ class ValueScanner:
                     return found.end()
         self._position = max(self._position, len(text))
         return None
+
+
+class TextScanner:
+    """Finds where another text comes, looking at each character once."""
+
+    def __init__(self, text: str):
+        """Args: text: What to look for."""
+        self._wanted = text
+        self._position = 0
+
+    def end(self, text: str) -> int | None:
+        """Where it begins in a text that goes on with what the last call had; None if it has not come."""
+        found = text.find(self._wanted, self._position)
+        self._position = max(0, len(text) - len(self._wanted) + 1)
+        return None if found < 0 else found

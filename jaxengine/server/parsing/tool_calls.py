@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jaxengine.server.parsing.scan import ValueScanner, split_open
+from jaxengine.server.parsing.scan import TextScanner, ValueScanner, split_open
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ToolParser:
         self._text = ""  # what nothing is certain about yet, after `_held`
         self._held = ""  # spaces and the marker of the call that the text may be
         self._marker: str | None = None
-        self._scanner: ValueScanner | None = None
+        self._scanner: ValueScanner | TextScanner | None = None
         self._fresh = True  # nothing but calls so far, or since the last call
         self._expected: str | None = None  # what may still follow the last call, after which nothing else has come
 
@@ -72,10 +72,9 @@ class ToolParser:
             return None
         return start if text[start] in "{[" else -1
 
-    def value_end(self, text: str, start: int) -> int | None:
-        """Where the value ends; None if it has not come yet."""
-        self._scanner = self._scanner or ValueScanner(start)
-        return self._scanner.end(text)
+    def scanner(self, start: int) -> ValueScanner | TextScanner:
+        """What finds the end of a value that begins there."""
+        return ValueScanner(start)
 
     def parse(self, text: str, start: int) -> list[ToolCall]:
         """Reads the text from a marker on, with a value that begins at `start`; raises ValueError if it is no call."""
@@ -154,11 +153,13 @@ class ToolParser:
 
     def _step_inside(self, parts: list[str | ToolCall], final: bool) -> bool:
         start = self.value_start(self._text)
-        end = None if start is None or start < 0 else self.value_end(self._text, start)
+        end = None
+        if start is not None and start >= 0:
+            self._scanner = self._scanner or self.scanner(start)
+            end = self._scanner.end(self._text)
         if start is not None and start < 0:
             self._put(parts, self._held)
-        elif end is not None:
-            assert start is not None
+        elif start is not None and end is not None:
             try:
                 parts += self._accept(self.parse(self._text[:end], start))
             except ValueError:
@@ -244,11 +245,8 @@ class GemmaParser(ToolParser):
     def value_start(self, text: str) -> int | None:
         return 0 if self._marker == self._CODE else super().value_start(text)
 
-    def value_end(self, text: str, start: int) -> int | None:
-        if self._marker != self._CODE:
-            return super().value_end(text, start)
-        end = text.find("```")
-        return None if end < 0 else end
+    def scanner(self, start: int) -> ValueScanner | TextScanner:
+        return TextScanner("```") if self._marker == self._CODE else super().scanner(start)
 
     def parse(self, text: str, start: int) -> list[ToolCall]:
         self.between = "```" if (self._marker or "").startswith("```") else ""
