@@ -34,9 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-body-size", type=int, default=16 * 2**20, metavar="BYTES", help=text)
     text = "what requests in flight get to finish after SIGTERM or Ctrl-C (default: %(default)s)"
     group.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=text)
+    text = "answers of /v1/responses kept in memory, the oldest go first; 0 keeps none (default: %(default)s)"
+    group.add_argument("--response-store-size", type=int, default=64 * 2**20, metavar="BYTES", help=text)
+    _add_chat_flags(parser)
     add_common_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
+
+
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversations")
+    text = "let the model call tools; needs --tool-call-parser"
+    group.add_argument("--enable-auto-tool-choice", action="store_true", help=text)
+    text = "how it writes calls: hermes (also qwen3, ...), llama3_json, mistral or gemma (also pythonic)"
+    group.add_argument("--tool-call-parser", metavar="NAME", help=text)
+    text = "how it writes what it thinks: qwen3, deepseek_r1 or mistral (default: that is content)"
+    group.add_argument("--reasoning-parser", metavar="NAME", help=text)
+    group.add_argument("--chat-template", metavar="FILE", help="a Jinja template (default: the model's own)")
+    text = "let requests bring chat templates, which are programs, though in a sandbox"
+    group.add_argument("--trust-request-chat-template", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"the server needs {', '.join(missing)}: pip install 'jaxengine[server]'")
     from jaxengine.engine.async_llm import AsyncLLM, EngineDeadError
     from jaxengine.engine_args import EngineArgs
+    from jaxengine.loading.chat_template import read_template
     from jaxengine.loading.resolve import DEFAULT_MODEL
     from jaxengine.server.run import bind, run_server
     from jaxengine.server.state import ServerSettings
@@ -70,6 +87,12 @@ def run(args: argparse.Namespace) -> int:
         request_timeout=args.request_timeout,
         max_body_size=args.max_body_size,
         shutdown_timeout=args.shutdown_timeout,
+        enable_auto_tool_choice=args.enable_auto_tool_choice,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        chat_template=None if args.chat_template is None else read_template(args.chat_template),
+        trust_request_chat_template=args.trust_request_chat_template,
+        response_store_size=args.response_store_size,
     )
     # Until the server has its own handlers, even while the model loads: whatever was started is ended.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

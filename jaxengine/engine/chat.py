@@ -79,8 +79,8 @@ def render_chat(
         raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
     if not messages:
         raise ValueError("messages must hold at least one message, got []")
-    _check_tools(tools)
     known_roles = chat_template or str(tokenizer.chat_template)
+    _check_tools(tools, known_roles)
     normal = [_normalize_message(i, message, known_roles) for i, message in enumerate(messages)]
     if continue_final_message and not normal[-1].get("content"):
         raise ValueError("continue_final_message=True needs a last message with content to go on with")
@@ -101,7 +101,7 @@ def render_chat(
     return text
 
 
-def _check_tools(tools: Any) -> None:
+def _check_tools(tools: Any, template: str) -> None:
     if tools is None:
         return
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
@@ -109,6 +109,8 @@ def _check_tools(tools: Any) -> None:
     for tool in tools:
         if not isinstance(tool, Mapping):
             raise ValueError(f"tools must hold JSON schemas (dicts), got {tool!r}")
+    if tools and "tools" not in template:
+        raise ValueError("tools: the chat template has no place for them; give one that does (--chat-template)")
 
 
 def _normalize_message(index: int, message: Any, known_roles: str) -> dict[str, Any]:
@@ -120,12 +122,17 @@ def _normalize_message(index: int, message: Any, known_roles: str) -> dict[str, 
     # Some models have roles of their own: the template then names them.
     if not isinstance(role, str) or not role or (role not in ROLES and role not in known_roles):
         raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, or named in the template, got {role!r}")
-    result = dict(message)
-    calls = result.get("tool_calls")
-    if calls is not None:
+    # Clients send back what they were answered, with null for what was not there: templates ask whether a key exists.
+    result = {key: value for key, value in message.items() if value is not None}
+    if "reasoning" in result:  # vLLM's newer name for what templates know as
+        result.setdefault("reasoning_content", result["reasoning"])
+    calls = result.get("tool_calls", [])
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"{where}: tool_calls must be a list, got {calls!r}")
+    if calls:
         result["tool_calls"] = [_normalize_call(where, call) for call in calls]
-    if result.get("content") is None:
-        if not (calls or "function_call" in result):
+    if "content" not in result:
+        if not (calls or "function_call" in result or "reasoning_content" in result):
             raise ValueError(f"{where} must have content: a string, or a list of parts of type text; got {message!r}")
         result["content"] = ""
     else:
@@ -154,11 +161,13 @@ def _normalize_call(where: str, call: Any) -> Any:
     if not isinstance(call, Mapping):
         raise ValueError(f"{where}: tool_calls must hold dicts, got {call!r}")
     function = call.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping):
         return call
-    arguments = function["arguments"]
+    arguments = function.get("arguments") or {}
     try:
-        parsed = json.loads(arguments) if arguments else {}
-    except json.JSONDecodeError as error:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the arguments of a tool call must be JSON, got {arguments!r}") from error
+    if not isinstance(parsed, Mapping):
+        raise ValueError(f"{where}: the arguments of a tool call must be a JSON object, got {arguments!r}")
     return {**call, "function": {**function, "arguments": parsed}}

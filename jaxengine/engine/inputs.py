@@ -289,7 +289,7 @@ class InputProcessor:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt: the text is not valid Unicode: {error}") from error
+            raise ValueError(f"prompt is not valid Unicode: {error}") from error
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     @staticmethod

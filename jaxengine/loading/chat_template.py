@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Marks where the final message ends in the rendered text. Its last space tells whether the template strips messages.
@@ -54,6 +55,22 @@ def render_chat(
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template does not accept these messages: {error}") from error
     return _cut_at_mark(text) if continue_final_message else text
+
+
+def read_template(path: str) -> str:
+    """Reads a template from a file.
+
+    Raises:
+        ValueError: It cannot be read, or is no Jinja.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+        _compile(template)
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        raise ValueError(f"chat_template={path!r}: {error}") from error
+    return template
 
 
 def _mark_end(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

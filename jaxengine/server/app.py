@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from jaxengine import __version__
 from jaxengine.engine.async_llm import AsyncLLM
-from jaxengine.server import chat, completions, tokens
+from jaxengine.server import chat, completions, responses, tokens
 from jaxengine.server.errors import add_error_handlers
 from jaxengine.server.generation import json_response
 from jaxengine.server.metrics import FORMAT, make_registry, render
@@ -26,7 +26,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     app.add_middleware(LimitBody, max_body_size=settings.max_body_size)
     if settings.api_keys:
         app.add_middleware(RequireKey, api_keys=settings.api_keys)
-    for part in (completions, chat, tokens):
+    for part in (completions, chat, responses, tokens):
         app.include_router(part.router)
     _add_models(app, server)
     _add_probes(app, server)

@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxengine.engine.async_llm import RequestStream
-from jaxengine.engine.chat import render_chat
 from jaxengine.engine.inputs import ProcessedInput, Prompt
 from jaxengine.outputs import CompletionOutput, Logprob, TokenLogprobDict
 from jaxengine.server.generation import Usage, finite, generate, prompt_logprobs_json
-from jaxengine.server.protocol import ChatBody
+from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
+from jaxengine.server.parsing.tool_calls import ToolCall
+from jaxengine.server.protocol import ChatBody, offered_tools
 from jaxengine.server.state import ServerState
 
 router = APIRouter()
@@ -28,13 +29,13 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     llm = server.llm
     model = server.model_name(body.model)
     body.check()
-    params = body.sampling_params(llm.default_sampling_params())
-    call = _Call(body, model)
+    tools = offered_tools(body.tools, body.tool_choice, auto=server.settings.enable_auto_tool_choice)
+    params = body.sampling_params(llm.default_sampling_params(), **server.parsed_text_options(tools=bool(tools)))
+    call = _Call(body, model, server, bool(tools))
 
     def process() -> list[ProcessedInput]:
-        if llm.tokenizer is None:
-            raise ValueError("messages: this server has no tokenizer")
-        text = render_chat(llm.tokenizer, body.messages, **body.template_options())
+        shown = [tool.shown() for tool in tools]
+        text = server.render_chat(body.messages, tools=shown, **body.template_options())
         prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
         process_one = llm.input_processor.process_one
         return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
@@ -47,12 +48,16 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 class _Call:
     """One call of the endpoint, whose answer is made as outputs come."""
 
-    def __init__(self, body: ChatBody, model: str):
+    def __init__(self, body: ChatBody, model: str, server: ServerState, tools: bool):
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._body = body
+        self._body, self._server, self._tools = body, server, tools
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
         self._usage = Usage()
+
+    def _parser(self, processed: list[ProcessedInput]) -> AnswerParser:
+        max_calls = None if self._body.parallel_tool_calls else 1
+        return self._server.answer_parser(processed[0].prompt_text, tools=self._tools, max_calls=max_calls)
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
         """The whole answer."""
@@ -60,40 +65,45 @@ class _Call:
         self._usage.add(output)
         choices = []
         for completion in output.outputs:
-            message = {"role": "assistant", "content": completion.text}
-            choices.append({"index": completion.index, "message": message} | self._rest(completion))
+            parser = self._parser(processed)
+            told = _told(parser.feed(completion.text, final=True))
+            message = {"role": "assistant", "content": None if told else ""} | told
+            choices.append({"index": completion.index, "message": message} | self._rest(completion, parser))
         body = self._head | {"choices": choices, "usage": self._usage.json()}
         if self._body.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs_json(output)
         return body
 
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[dict[str, Any]]:
-        """The events of a stream: for each choice its role, then its text."""
+        """The events of a stream: for each choice its role, then its reasoning, content and calls."""
         extra = {"usage": None} if self._body.include_usage else {}
-        started = set()
+        parsers: dict[int, AnswerParser] = {}
         async for output in outputs:
             self._usage.add(output)
             for completion in output.outputs:
-                delta: dict[str, Any] = {"content": completion.text}
-                if completion.index not in started:
-                    started.add(completion.index)
-                    delta = {"role": "assistant", **delta}
-                elif not completion.text:
-                    delta = {}
-                choice = {"index": completion.index, "delta": delta} | self._rest(completion)
+                delta = {}
+                if completion.index not in parsers:
+                    parsers[completion.index] = self._parser(processed)
+                    delta = {"role": "assistant", "content": ""}
+                parser = parsers[completion.index]
+                num_calls = parser.num_calls
+                parts = parser.feed(completion.text, final=completion.finish_reason is not None)
+                delta |= _told(parts, num_calls)
+                choice = {"index": completion.index, "delta": delta} | self._rest(completion, parser)
                 if delta or choice["logprobs"] or choice["finish_reason"]:
                     yield self._head | {"choices": [choice]} | extra
         if self._body.include_usage:
             yield self._head | {"choices": [], "usage": self._usage.json()}
 
-    def _rest(self, completion: CompletionOutput) -> dict[str, Any]:
+    def _rest(self, completion: CompletionOutput, parser: AnswerParser) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs and completion.token_ids:
             content = self._logprobs(completion.token_ids, completion.logprobs or [])
             logprobs = {"content": content, "refusal": None}
+        called = parser.num_calls and completion.finish_reason == "stop"
         return {
             "logprobs": logprobs,
-            "finish_reason": completion.finish_reason,
+            "finish_reason": "tool_calls" if called else completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
 
@@ -110,3 +120,20 @@ class _Call:
 def _entry(value: Logprob) -> dict[str, Any]:
     token = value.decoded_token or ""
     return {"token": token, "logprob": finite(value.logprob), "bytes": list(token.encode("utf-8", "replace"))}
+
+
+def _told(parts: Sequence[Part], first_index: int | None = None) -> dict[str, Any]:
+    """Fields of a message or, with the number of the first call, of a delta that tell what there is of these parts."""
+    told: dict[str, Any] = {}
+    for part in parts:
+        if isinstance(part, ToolCall):
+            calls = told.setdefault("tool_calls", [])
+            index = {} if first_index is None else {"index": first_index + len(calls)}
+            function = {"name": part.name, "arguments": part.arguments}
+            calls.append(index | {"id": part.id, "type": "function", "function": function})
+        else:
+            # vLLM calls reasoning so since 0.12, and had the longer name before.
+            names = ("reasoning", "reasoning_content") if isinstance(part, Reasoning) else ("content",)
+            text = part.text if isinstance(part, Reasoning) else part
+            told |= {name: told.get(name, "") + text for name in names}
+    return told

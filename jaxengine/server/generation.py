@@ -70,7 +70,10 @@ def json_response(body: Any) -> Response:
 
 
 class EventStream(Response):
-    """Server-sent events. Headers wait for the first event, so that an error before it has its own status."""
+    """Server-sent events, named by their "type" if they have one.
+
+    Headers wait for the first event, so that an error before it has its own status.
+    """
 
     def __init__(self, events: AsyncGenerator[dict[str, Any]], resources: ExitStack, deadline: float | None):
         """Args: resources: Released when the stream ends, however it does. deadline: On the event loop's clock."""
@@ -85,17 +88,18 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def send_event(data: bytes) -> None:
+        async def send_event(data: bytes, name: str | None = None) -> None:
             nonlocal started
             if not started:
                 started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+            head = b"" if name is None else f"event: {name}\n".encode()
+            await send({"type": "http.response.body", "body": head + b"data: " + data + b"\n\n", "more_body": True})
 
         try:
             async with asyncio.timeout_at(self._deadline), contextlib.aclosing(self._events):
                 async for event in self._events:
-                    await send_event(msgspec.json.encode(event))
+                    await send_event(msgspec.json.encode(event), event.get("type"))
         except (APIError, EngineDeadError, TimeoutError, ValueError) as error:
             failure = as_api_error(error)
             if not started:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,14 +13,15 @@ from jaxengine.server.errors import APIError
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 TokenIds = list[Int32]
 
-IGNORED = {"user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "parallel_tool_calls"}
+IGNORED = {
+    *("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "store", "service_tier"),
+    "parallel_tool_calls",
+}
 """Fields that say nothing about what is generated."""
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -30,13 +31,22 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "reasoning_effort": (),
-    "chat_template": (),
     "documents": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
     "verbosity": ("medium",),
+    "text": ({}, {"format": {"type": "text"}}),
+    "reasoning": ({},),
+    "include": ([],),
+    "background": (False,),
+    "conversation": (),
+    "truncation": ("disabled",),
+    "max_tool_calls": (),
+    "top_logprobs": (0,),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "prompt": (),
 }
 """Fields that are known and not supported, and their values that ask for nothing."""
 _OF_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -57,27 +67,98 @@ class Body(BaseModel):
             return data
         kept = {}
         for name, value in data.items():
-            if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
-                raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_field")
-            if value is not None and name not in UNSUPPORTED and (name not in IGNORED or name in cls.model_fields):
+            if value is None:
+                continue
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in UNSUPPORTED:
+                if value not in UNSUPPORTED[name]:
+                    raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_field")
+            elif name not in IGNORED:
                 kept[name] = value
         return kept
 
 
-class StreamOptions(BaseModel):
-    """Options of a stream."""
+class Inner(BaseModel):
+    """What objects within a body share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Inner):
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
-class GenerationBody(Body):
-    """What completions and chat completions share. Ranges are checked by `SamplingParams`."""
+class Function(Inner):
+    """A function that the model may call; what its parameters are is a JSON schema."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Inner):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+    def shown(self) -> dict[str, Any]:
+        """What the model is shown of it, as the client has given it."""
+        return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
+
+
+class FunctionName(Inner):
+    """Which function."""
+
+    name: str
+
+
+class NamedTool(Inner):
+    """A tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def offered_tools(tools: list[Tool], choice: ToolChoice | None, *, auto: bool) -> list[Tool]:
+    """The tools that the model is told of, and may call if it wants.
+
+    Args:
+        tools: Those of the request.
+        choice: Its `tool_choice`; by default "auto" if there are tools.
+        auto: Whether the server can find calls in what the model writes.
+
+    Raises:
+        APIError: The choice does not fit; or a call is to be forced, which needs constrained decoding.
+    """
+    choice = choice or ("auto" if tools else "none")
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    if name is not None and name not in [tool.function.name for tool in tools]:
+        raise APIError(400, f"tool_choice: {name!r} is none of the tools", param="tool_choice")
+    if choice == "required" and not tools:
+        raise APIError(400, "tool_choice: 'required' needs tools", param="tool_choice")
+    if choice not in ("none", "auto"):
+        message = "tool_choice: a call cannot be forced, as this server has no structured output yet; use 'auto'"
+        raise APIError(400, message, param="tool_choice", code="unsupported_value")
+    if choice == "none" or not tools:
+        return []
+    if not auto:
+        message = "tools: this server was started without --enable-auto-tool-choice and --tool-call-parser"
+        raise APIError(400, message, param="tools", code="unsupported_field")
+    return tools
+
+
+class SamplingBody(Body):
+    """What all bodies that ask for generation share. Ranges are checked by `SamplingParams`."""
 
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Int32 = 1
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -91,16 +172,36 @@ class GenerationBody(Body):
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    max_tokens: Int32 | None = None
     min_tokens: Int32 | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: Int32 | None = None
-    prompt_logprobs: Int32 | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: TokenIds | None = None
     priority: Int32 = 0
     cache_salt: str | None = None
+
+    def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
+        """Makes parameters: `decided`, then what the body gives, then the model's recommendations.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        names = {name for name in SamplingParams.__dataclass_fields__ if name in type(self).model_fields}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
+        recommended = {name: getattr(default, name) for name in _OF_MODEL}
+        fields: dict[str, Any] = recommended | given | {"output_kind": kind} | decided
+        return SamplingParams(**fields)
+
+
+class GenerationBody(SamplingBody):
+    """What completions and chat completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: Int32 = 1
+    max_tokens: Int32 | None = None
+    prompt_logprobs: Int32 | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -116,19 +217,6 @@ class GenerationBody(Body):
             raise APIError(400, "stream_options: only with stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise APIError(400, "prompt_logprobs: only with stream=false", param="prompt_logprobs")
-
-    def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
-        """Makes parameters: `decided`, then what the body gives, then the model's recommendations.
-
-        Raises:
-            ValueError: A value is out of range.
-        """
-        names = {name for name in SamplingParams.__dataclass_fields__ if name in GenerationBody.model_fields}
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-        recommended = {name: getattr(default, name) for name in _OF_MODEL}
-        fields: dict[str, Any] = recommended | given | {"output_kind": kind} | decided
-        return SamplingParams(**fields)
 
 
 class CompletionBody(GenerationBody):
@@ -174,58 +262,57 @@ class CompletionBody(GenerationBody):
         return self.make_params(default, **decided)
 
 
-class ChatBody(GenerationBody):
+class ConversationBody(Body):
+    """What bodies with messages share."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] = Field(default_factory=list)
+
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of `render_chat`: an answer is begun unless told otherwise, or a message is to be continued."""
+        add = self.add_generation_prompt
+        return {
+            "add_generation_prompt": not self.continue_final_message if add is None else add,
+            "continue_final_message": self.continue_final_message,
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+
+
+class ChatBody(GenerationBody, ConversationBody):
     """Body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Int32 | None = None
     logprobs: bool = False
     top_logprobs: Int32 | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError(400, "top_logprobs: only with logprobs=true", param="top_logprobs")
 
-    def template_options(self) -> dict[str, Any]:
-        """Arguments of `render_chat`."""
-        return template_options(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
-
-    def sampling_params(self, default: SamplingParams) -> SamplingParams:
+    def sampling_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.make_params(default, max_tokens=longest, logprobs=logprobs)
+        return self.make_params(default, max_tokens=longest, logprobs=logprobs, **decided)
 
 
-class TokenizeBody(Body):
+class TokenizeBody(ConversationBody):
     """Body of /tokenize: a prompt or messages."""
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
-
-    def template_options(self) -> dict[str, Any]:
-        """Arguments of `render_chat`."""
-        return template_options(self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
 
 
 class DetokenizeBody(Body):
     """Body of /detokenize."""
 
     tokens: TokenIds
-
-
-def template_options(add: bool | None, continue_final: bool, variables: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments of `render_chat`: an answer is begun unless told otherwise, or a message is to be continued."""
-    return {
-        "add_generation_prompt": not continue_final if add is None else add,
-        "continue_final_message": continue_final,
-        "chat_template_kwargs": variables,
-    }

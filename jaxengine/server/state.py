@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 
 from jaxengine.engine.async_llm import AsyncLLM
+from jaxengine.engine.chat import render_chat
 from jaxengine.server.errors import APIError
+from jaxengine.server.parsing.answer import AnswerParser
+from jaxengine.server.parsing.reasoning import REASONING_STYLES, ReasoningParser
+from jaxengine.server.parsing.tool_calls import TOOL_PARSERS
+from jaxengine.server.response_store import ResponseStore
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,12 @@ class ServerSettings:
         request_timeout: Seconds a request may take; None: as long as it takes.
         max_body_size: Bytes of a request's body at most.
         shutdown_timeout: Seconds that requests in flight get to finish once the server is told to end.
+        enable_auto_tool_choice: Let the model call tools; needs `tool_call_parser`.
+        tool_call_parser: How the model writes calls: a name of `TOOL_PARSERS`.
+        reasoning_parser: How the model writes what it thinks: a name of `REASONING_STYLES`; None: it is content.
+        chat_template: Jinja, instead of the model's own.
+        trust_request_chat_template: Let requests bring templates, which are programs.
+        response_store_size: Bytes of answers of /v1/responses to keep for later requests; the oldest go first.
 
     Raises:
         ValueError: A value is out of range.
@@ -34,6 +46,12 @@ class ServerSettings:
     request_timeout: float | None = None
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 30.0
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
+    response_store_size: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         if not all(self.api_keys):
@@ -46,6 +64,14 @@ class ServerSettings:
             raise ValueError(f"max_body_size={self.max_body_size}: must be at least 1")
         if not self.shutdown_timeout >= 0:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0")
+        if self.response_store_size < 0:
+            raise ValueError(f"response_store_size={self.response_store_size}: must be at least 0")
+        for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_STYLES)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("enable_auto_tool_choice=True: needs tool_call_parser")
 
 
 class ServerState:
@@ -54,6 +80,7 @@ class ServerState:
     def __init__(self, llm: AsyncLLM, settings: ServerSettings):
         self.llm = llm
         self.settings = settings
+        self.responses = ResponseStore(settings.response_store_size)
         self._num_admitted = 0
 
     @classmethod
@@ -91,3 +118,44 @@ class ServerState:
             message = f"model {asked!r} does not exist; this server has {', '.join(names)}"
             raise APIError(404, message, param="model", code="model_not_found")
         return asked or names[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            APIError: There is none (400).
+        """
+        if self.llm.tokenizer is None:
+            raise APIError(400, "this server has no tokenizer (skip_tokenizer_init)")
+        return self.llm.tokenizer
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Renders a conversation with the request's template, the server's or the model's. See `render_chat`.
+
+        Raises:
+            APIError: The request brings a template and the server does not trust it.
+            ValueError: The messages or the template are wrong.
+        """
+        if chat_template is not None and not self.settings.trust_request_chat_template:
+            message = "chat_template: this server was started without --trust-request-chat-template"
+            raise APIError(400, message, param="chat_template", code="unsupported_field")
+        template = chat_template or self.settings.chat_template
+        return render_chat(self.tokenizer, messages, tools=tools, chat_template=template, **options)
+
+    def parsed_text_options(self, *, tools: bool) -> dict[str, Any]:
+        """Sampling parameters for text that is parsed: in many models what marks calls and reasoning is special."""
+        return {"skip_special_tokens": False} if tools or self.settings.reasoning_parser else {}
+
+    def answer_parser(self, prompt: str | None, *, tools: bool, max_calls: int | None) -> AnswerParser:
+        """A parser of one completion of a prompt. Args: tools: Whether the model may call any."""
+        style, calls = self.settings.reasoning_parser, self.settings.tool_call_parser
+        reasoning = None if style is None else ReasoningParser(REASONING_STYLES[style], prompt or "")
+        return AnswerParser(reasoning, TOOL_PARSERS[calls]() if tools and calls else None, max_calls)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jaxengine.engine.chat import render_chat
 from jaxengine.server.errors import APIError
 from jaxengine.server.generation import json_response
 from jaxengine.server.protocol import DetokenizeBody, TokenizeBody
@@ -21,14 +18,15 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     """The token ids of a prompt or of a conversation."""
     server = ServerState.of(request)
     server.model_name(body.model)
-    tokenizer = _tokenizer(server)
+    tokenizer = server.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise APIError(400, "prompt: either prompt or messages must be given", param="prompt")
 
     def encode() -> list[int]:
         text, add_special_tokens = body.prompt or "", True
         if body.messages is not None:
-            text, add_special_tokens = render_chat(tokenizer, body.messages, **body.template_options()), False
+            tools = [tool.shown() for tool in body.tools]
+            text, add_special_tokens = server.render_chat(body.messages, tools=tools, **body.template_options()), False
         if body.add_special_tokens is not None:
             add_special_tokens = body.add_special_tokens
         return server.llm.input_processor.tokenize(text, add_special_tokens=add_special_tokens)
@@ -45,16 +43,10 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     """The text of token ids."""
     server = ServerState.of(request)
     server.model_name(body.model)
-    tokenizer = _tokenizer(server)
+    tokenizer = server.tokenizer
     vocab_size = server.llm.limits.vocab_size
     wrong = [token for token in body.tokens if not 0 <= token < vocab_size]
     if wrong:
         raise APIError(400, f"tokens: token ids must be in [0, {vocab_size}), got {wrong[0]}", param="tokens")
     text = await server.llm.in_tokenizer_thread(lambda: tokenizer.decode(body.tokens))
     return json_response({"prompt": text})
-
-
-def _tokenizer(server: ServerState) -> Any:
-    if server.llm.tokenizer is None:
-        raise APIError(400, "this server has no tokenizer (skip_tokenizer_init)")
-    return server.llm.tokenizer

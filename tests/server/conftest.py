@@ -1,4 +1,4 @@
-"""Two servers of the tiny model, in processes of their own, for all tests of this folder."""
+"""Servers in processes of their own, for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import OpenAI
+
+from tests.server.scripted import TEMPLATE, write_scripted_model
 
 KEY = "secret"
 MAX_NUM_SEQS, MAX_QUEUE = 8, 40
@@ -122,3 +124,19 @@ def open_server(servers) -> Server:
 def client(server) -> Iterator[OpenAI]:
     with server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One of the model that follows scripts, which may call tools and thinks."""
+    folder = tmp_path_factory.mktemp("scripted")
+    write_scripted_model(folder)
+    (folder / "template.jinja").write_text(TEMPLATE)
+    server = Server(
+        folder,
+        *("--served-model-name", "scripted", "--chat-template", str(folder / "template.jinja")),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+        "--trust-request-chat-template",
+    )
+    yield server
+    server.close()

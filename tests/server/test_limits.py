@@ -12,6 +12,7 @@ from tests.server.conftest import BEARER, MAX_BODY_SIZE, ROOM
 
 JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).resolve().parents[2]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 USER = [{"role": "user", "content": "x"}]
 LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": True}
 
@@ -44,7 +45,20 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
         ("chat/completions", {"messages": []}, "messages", "at least one"),
         ("chat/completions", {"messages": [{"role": "pope", "content": "x"}]}, "messages", "role"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
-        ("chat/completions", {"messages": USER, "tools": [{"type": "function"}]}, "tools", "not supported"),
+        ("chat/completions", {"messages": USER, "tools": [{"type": "function"}]}, "tools", "tools.0.function"),
+        ("chat/completions", {"messages": USER, "tools": [TOOL]}, "tools", "--enable-auto-tool-choice"),
+        ("chat/completions", {"messages": USER, "tools": [TOOL], "tool_choice": "required"}, "tool_choice", "forced"),
+        ("chat/completions", {"messages": USER, "tool_choice": "required"}, "tool_choice", "needs tools"),
+        (
+            "chat/completions",
+            {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "'g'",
+        ),
+        ("chat/completions", {"messages": USER, "tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "'auto'"),
+        ("chat/completions", {"messages": USER, "chat_template": "x"}, "chat_template", "--trust-request-chat-templ"),
+        ("chat/completions", {"messages": [*USER, {"role": "assistant", "tool_calls": 5}]}, "messages", "a list"),
+        ("tokenize", {"messages": USER, "tools": [TOOL]}, "tools", "no place"),
         ("chat/completions", {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "not"),
         ("chat/completions", {"messages": USER, "top_logprobs": 2}, "top_logprobs", "logprobs=true"),
         ("chat/completions", {"messages": USER, "chat_template_kwargs": {"tokenize": True}}, None, "tokenize"),
@@ -57,7 +71,7 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
     ],
 )
 def test_wrong_bodies(server, path, body, param, message):
-    answer = server.post(f"/v1/{path}", body)
+    answer = server.post(f"/v1/{path}" if path != "tokenize" else "/tokenize", body)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert message in error["message"]

@@ -1,0 +1,1 @@
+"""A completion's text as reasoning, content and calls of tools."""

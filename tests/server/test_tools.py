@@ -1,0 +1,146 @@
+"""Calls of tools and reasoning through the real client, written by a model that follows scripts."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from jaxengine.loading.chat_template import read_template
+from jaxengine.server.state import ServerSettings
+from tests.server.scripted import SCRIPTS
+
+
+def tool(name: str) -> Any:
+    return {"type": "function", "function": {"name": name, "description": "x", "parameters": {"default": None}}}
+
+
+TOOLS = [tool("weather"), tool("clock")]
+CALLS = [("weather", {"city": "Paris", "days": 2}), ("clock", {})]
+USER: Any = [{"role": "user", "content": "How is the weather?"}]
+
+
+@pytest.fixture(scope="module")
+def client(scripted_server) -> Iterator[OpenAI]:
+    with scripted_server.client() as client:
+        yield client
+
+
+def ask(client: OpenAI, script: str, **fields: Any) -> Any:
+    """Has a script written."""
+    extra = {"chat_template_kwargs": {"script": script}} | fields.pop("extra_body", {})
+    options: dict[str, Any] = {"tools": TOOLS, "messages": USER, "temperature": 0, "max_tokens": 100} | fields
+    return client.chat.completions.create(model="scripted", extra_body=extra, **options)
+
+
+def calls(message: Any) -> list[tuple[str, Any]]:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
+
+
+def test_calls_and_reasoning(client):
+    (choice,) = ask(client, "call").choices
+    message = choice.message
+    assert choice.finish_reason == "tool_calls"
+    assert message.content == "Let me see."
+    assert message.reasoning == message.reasoning_content == "I must look."
+    assert calls(message) == CALLS
+    assert len({call.id for call in message.tool_calls}) == 2
+
+
+def test_streams_add_up(client):
+    message = ask(client, "call").choices[0].message
+    added: dict[str, str] = {"content": "", "reasoning": "", "reasoning_content": ""}
+    functions: dict[int, list[str]] = {}
+    reasons = []
+    for chunk in ask(client, "call", stream=True):
+        (choice,) = chunk.choices
+        for name in added:
+            added[name] += getattr(choice.delta, name, None) or ""
+        for call in choice.delta.tool_calls or []:
+            name, arguments = functions.setdefault(call.index, ["", ""])
+            functions[call.index] = [name + call.function.name, arguments + call.function.arguments]
+        reasons.append(choice.finish_reason)
+    assert added == {"content": message.content} | dict.fromkeys(("reasoning", "reasoning_content"), message.reasoning)
+    assert functions == {i: [call.function.name, call.function.arguments] for i, call in enumerate(message.tool_calls)}
+    assert reasons == [None] * (len(reasons) - 1) + ["tool_calls"]
+
+
+def test_a_malformed_call_is_content(client):
+    (choice,) = ask(client, "broken").choices
+    assert choice.message.content == "".join(SCRIPTS["broken"])
+    assert choice.message.tool_calls is None
+    assert choice.finish_reason == "stop"
+    streamed = [chunk.choices[0].delta.content or "" for chunk in ask(client, "broken", stream=True)]
+    assert "".join(streamed) == choice.message.content
+
+
+def test_what_is_cut_short_is_no_call(client):
+    (choice,) = ask(client, "call", max_tokens=10).choices
+    assert choice.finish_reason == "length"
+    assert choice.message.content == 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Par'
+    (choice,) = ask(client, "call", max_tokens=13).choices
+    assert choice.finish_reason == "length"
+    assert calls(choice.message) == CALLS[:1]
+    (choice,) = ask(client, "call", max_tokens=2).choices
+    assert (choice.message.content, choice.message.reasoning) == (None, "I must")
+
+
+def test_one_call_at_a_time(client):
+    assert calls(ask(client, "call", parallel_tool_calls=False).choices[0].message) == CALLS[:1]
+
+
+def test_without_tools_calls_are_text(client):
+    for fields in ({"tools": None}, {"tool_choice": "none"}):
+        (choice,) = ask(client, "broken", **fields).choices
+        assert choice.message.content == "".join(SCRIPTS["broken"])
+        (choice,) = ask(client, "call", **fields).choices
+        assert choice.message.content.startswith("Let me see.\n<tool_call>")
+        assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+    with pytest.raises(BadRequestError, match="forced"):
+        ask(client, "call", tool_choice="required")
+
+
+def test_answers_of_tools_go_back(client, scripted_server):
+    """What the client was told it can send back, with the answers."""
+    asked = ask(client, "call").choices[0].message
+    answers = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in asked.tool_calls]
+    messages = [*USER, asked, *answers]
+    assert ask(client, "text", messages=messages).choices[0].message.content == "The weather is fine."
+    body = {"messages": [*USER, asked.model_dump(), *answers], "tools": TOOLS[:1]}
+    ids = scripted_server.post("/tokenize", body).json()["tokens"]
+    prompt = scripted_server.post("/detokenize", {"tokens": ids}).json()["prompt"]
+    shown = json.dumps(TOOLS[0])
+    said = "<assistant>I must look.Let me see.weather(Paris)clock()"
+    assert prompt == f"{shown}<user>How is the weather?{said}<tool>sunny<tool>sunny<|text|>"
+
+
+def test_a_request_may_bring_a_template(client, scripted_server):
+    body = {"messages": USER, "chat_template": "{{ messages[0].content }}!"}
+    ids = scripted_server.post("/tokenize", body).json()["tokens"]
+    assert scripted_server.post("/detokenize", {"tokens": ids}).json()["prompt"] == USER[0]["content"] + "!"
+    with pytest.raises(BadRequestError, match="chat template"):
+        ask(client, "text", extra_body={"chat_template": "{% for"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_call_parser": "hermit"}, "tool_call_parser='hermit': must be one of hermes, "),
+        ({"reasoning_parser": "none"}, "reasoning_parser='none': must be one of deepseek_r1, "),
+        ({"enable_auto_tool_choice": True}, "needs tool_call_parser"),
+        ({"response_store_size": -1}, "at least 0"),
+    ],
+)
+def test_wrong_settings(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ServerSettings(served_model_names=("x",), **fields)
+
+
+def test_wrong_template_files(tmp_path):
+    (tmp_path / "half.jinja").write_text("{% for m in messages %}")
+    (tmp_path / "binary.jinja").write_bytes(b"\xff")
+    for name, message in (("none", "No such file"), ("half", "Unexpected end of template"), ("binary", "utf-8")):
+        path = str(tmp_path / f"{name}.jinja")
+        with pytest.raises(ValueError, match=f"chat_template='{path}'.*{message}"):
+            read_template(path)
