@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "continue prompts, streaming the text as it is generated",
     "chat": "talk with a model",
     "serve": "serve a model to OpenAI's clients over HTTP",
+    "convert": "write a model in the form that loads fastest, onto any number of devices",
     "compile": "plan for TPUs on a machine that has none",
     "bench": "measure throughput, decode steps and start-up time",
 }

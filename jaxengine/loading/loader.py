@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.loading.checkpoint import Checkpoint, Tensor
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.param import initial_value
@@ -122,7 +123,7 @@ def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
 
 
 def _read_slice(
-    tensors: list[np.ndarray],
+    tensors: Sequence[Tensor],
     dtype: np.dtype,
     shape: tuple[int, ...],
     runs: tuple[Runs, Runs],
@@ -153,17 +154,24 @@ def _read_slice(
     return out
 
 
-def _copy_columns(out: np.ndarray, tensor: np.ndarray | None, columns: Runs) -> None:
-    """Copies runs of a tensor's columns side by side, in the dtype of `out`; None stands for zeros."""
-    if tensor is None:
-        out[...] = 0
-    elif out.ndim == 1:
-        out[...] = tensor
+def _copy_columns(out: np.ndarray, tensor: Tensor | None, columns: Runs) -> None:
+    """Copies runs of a tensor's columns side by side."""
+    if tensor is None or out.ndim == 1:
+        _copy(out, tensor)
     else:
         column = 0
         for first, count in columns:
-            out[:, column : column + count] = 0 if first == ZEROS else tensor[:, first : first + count]
+            part = out[:, column : column + count]
+            _copy(part, None if first == ZEROS else tensor[:, first : first + count])
             column += count
+
+
+def _copy(out: np.ndarray, tensor: Tensor | None) -> None:
+    """Copies a tensor, in the dtype of `out`; None stands for zeros."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        out[...] = 0 if tensor is None else tensor
+    else:
+        tensor.read_into(out)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -176,7 +184,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
-def _overlapping(tensors: list[np.ndarray], first: int, count: int) -> list[np.ndarray]:
+def _overlapping(tensors: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
     """The parts of `tensors`, laid end to end, that make up `count` rows from `first` on."""
     parts, offset = [], 0
     for tensor in tensors:
@@ -212,7 +220,7 @@ def _check_nothing_is_left(
 
 
 def _check_shapes(
-    path: str, param: nnx.Param, spec: WeightSpec, tensors: list[np.ndarray], checkpoint: Checkpoint
+    path: str, param: nnx.Param, spec: WeightSpec, tensors: Sequence[Tensor], checkpoint: Checkpoint
 ) -> None:
     """Checks each tensor, not only their sum: parts of a fused weight could have changed places."""
     parts, columns = param.get_metadata("parts"), param.get_metadata("columns")
