@@ -110,8 +110,7 @@ def _reserved(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            _clear(folder)
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)  # Orbax may still be writing
             raise
     finally:
         os.close(lock)
@@ -137,7 +136,7 @@ def _explained(out: Path) -> Iterator[None]:
 def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Callable[[str], None]) -> int:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that there is nothing to merge
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of what is meant, and logs what it raises
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = False  # a folder for each tensor: what is damaged has a name
@@ -151,6 +150,8 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, progress: C
             piece[name] = _converted(np.asarray(checkpoint.get(name)), dtype)
             size = sum(tensor.nbytes for tensor in piece.values())
             if size >= PIECE_BYTES or number == len(names):
+                if size > shutil.disk_usage(folder.parent).free:  # Orbax would print hundreds of lines first
+                    raise OSError(errno.ENOSPC, "No space left")
                 ocp.partial.save(str(folder), piece)
                 checkpoint.release()
                 written, piece = written + size, {}
