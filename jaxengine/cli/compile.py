@@ -1,4 +1,4 @@
-"""`jaxengine compile`: plan for TPUs on a machine that has none."""
+"""`jaxengine compile`: plan for TPUs and GPUs on a machine that has none."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DEFAULT_MAX_MODEL_LEN = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments to its parser."""
     parser.description = (
-        "Compiles an engine's real steps, kernels included, for TPUs that need not be there, and prints what fits on "
-        "them. Weights are not needed: --model is a folder with a config.json, a .json file, or one of the shapes "
-        "that come along."
+        "Compiles an engine's real steps, kernels included, for TPUs or GPUs that need not be there, and prints what "
+        "fits on them. Weights are not needed: --model is a folder with a config.json, a .json file, or one of the "
+        "shapes that come along."
     )
     group = parser.add_argument_group("plan")
-    group.add_argument("--target", required=True, metavar="TARGET", help=f"TPU topology: {EXAMPLES}, ...")
+    group.add_argument("--target", required=True, metavar="TARGET", help=f"TPU topology, or GPUs: {EXAMPLES}, ...")
     group.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens of a sequence, for rooflines (default: 1024)"
     )
@@ -78,7 +78,7 @@ def _make_plan(args: argparse.Namespace, devices, chip, status: Status) -> Plan:
         raise ValueError(f"model: name a model; shapes that come along: {', '.join(model_configs())}")
     engine_args = EngineArgs(**given)
     checkpoint = resolve_model(engine_args.model, revision=engine_args.revision, load_format="dummy")
-    config = engine_args.resolve(checkpoint, "tpu")
+    config = engine_args.resolve(checkpoint, devices[0].platform)
     return make_plan(
         config, args.target, devices, chip, context=args.context, every_step=args.every_step, progress=status.show
     )

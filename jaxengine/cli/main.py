@@ -16,7 +16,8 @@ COMMANDS = {
     "generate": "continue prompts, streaming the text as it is generated",
     "chat": "talk with a model",
     "serve": "serve a model to OpenAI's clients over HTTP",
-    "compile": "plan for TPUs on a machine that has none",
+    "convert": "write a model in the form that loads fastest, onto any number of devices",
+    "compile": "plan for TPUs and GPUs on a machine that has none",
     "bench": "measure throughput, decode steps and start-up time",
 }
 INTERRUPTED = 130

@@ -8,6 +8,28 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 
+class StoredTensor(Protocol):
+    """A tensor that stays where it is stored until it is known which part of it is wanted, and where."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def T(self) -> StoredTensor: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> StoredTensor: ...
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+    def read_into(self, out: np.ndarray) -> None:
+        """Reads the values into an array of the same shape, in its dtype.
+
+        Raises:
+            ValueError: They cannot be read (names the tensor and the file).
+        """
+        ...
+
+
+Tensor = np.ndarray | StoredTensor
+
+
 @runtime_checkable
 class Checkpoint(Protocol):
     """Weights, configuration and tokenizer of one model, in Hugging Face's names and orientation.
@@ -26,15 +48,15 @@ class Checkpoint(Protocol):
         """Names of all tensors, as in a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`)."""
         ...
 
-    def get(self, name: str) -> np.ndarray:
+    def get(self, name: str) -> Tensor:
         """Reads one tensor; linear weights are `[out, in]`.
 
         Args:
             name: One of `tensor_names()`.
 
         Returns:
-            The tensor as float32, float16 or `ml_dtypes.bfloat16`, read-only and memory-mapped where the file allows.
-            Safe to call from several threads at once.
+            The tensor as float32, float16 or `ml_dtypes.bfloat16`, read-only and memory-mapped where the file allows,
+            or left where it is stored. Safe to call from several threads at once.
 
         Raises:
             ValueError: The checkpoint has no such tensor (names the tensor and the file).

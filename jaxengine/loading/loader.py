@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
+import mmap
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.loading.checkpoint import Checkpoint, Tensor
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.param import initial_value
@@ -23,6 +26,8 @@ from jaxengine.sharding.rules import named_sharding
 
 NUM_READERS = 4
 """Threads that read, convert and copy tensors: enough to keep a disk busy, few enough to bound the copies alive."""
+MAPPED_BYTES = 2**29
+"""How much of the files may be mapped before it is given back: a process is charged for what it has read of them."""
 
 
 def load_model(
@@ -56,7 +61,7 @@ def load_model(
     _check_nothing_is_left(specs, available, config, family, checkpoint)
     params = parameters(model)
 
-    def fill(path: str) -> None:
+    def fill(path: str) -> int:
         param, spec = params[path], specs[path]
         tensors = [checkpoint.get(name) for name in spec.names]
         tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
@@ -67,9 +72,15 @@ def load_model(
             param.set_value(jax.device_put(read((slice(None),) * len(param.shape))))
         else:
             param.set_value(jax.make_array_from_callback(param.shape, _sharding(param, mesh), read))
+        return math.prod(param.shape) * np.dtype(param.dtype).itemsize
 
+    mapped = 0
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        list(pool.map(fill, specs))  # raises the first error
+        for num_bytes in pool.map(fill, specs):  # raises the first error
+            mapped += num_bytes
+            if mapped > MAPPED_BYTES:
+                checkpoint.release()
+                mapped = 0
     return model
 
 
@@ -112,7 +123,7 @@ def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
 
 
 def _read_slice(
-    tensors: list[np.ndarray],
+    tensors: Sequence[Tensor],
     dtype: np.dtype,
     shape: tuple[int, ...],
     runs: tuple[Runs, Runs],
@@ -128,28 +139,52 @@ def _read_slice(
         index: Slices of the parameter's axes.
     """
     assert index is not None  # JAX passes None for scalars only
-    (row, *rest), (rows, columns) = index, runs
-    start, stop, _ = row.indices(shape[0])
-    column_start, column_stop, _ = rest[0].indices(shape[1]) if rest else (0, 0, 1)
-    picked = cut(columns, column_start, column_stop) if columns else ((column_start, column_stop - column_start),)
-    parts = []
-    for first, count in cut(rows, start, stop) if rows else ((start, stop - start),):
+    spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    rows, columns = (
+        cut(order, start, stop) if order else ((start, stop - start),)
+        for order, (start, stop) in zip(runs, [*spans, (0, 1)][:2], strict=True)
+    )
+    out = _empty(tuple(stop - start for start, stop in spans), dtype)
+    row = 0
+    for first, count in rows:
         for tensor in [None] if first == ZEROS else _overlapping(tensors, first, count):
             length = count if tensor is None else len(tensor)
-            if not rest:
-                parts.append(np.zeros(length, dtype) if tensor is None else tensor.astype(dtype, copy=False))
-                continue
-            blocks = [
-                np.zeros((length, width), dtype)
-                if tensor is None or column == ZEROS
-                else tensor[:, column : column + width].astype(dtype, copy=False)
-                for column, width in picked
-            ]
-            parts.append(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
-    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+            _copy_columns(out[row : row + length], tensor, columns)
+            row += length
+    return out
 
 
-def _overlapping(tensors: list[np.ndarray], first: int, count: int) -> list[np.ndarray]:
+def _copy_columns(out: np.ndarray, tensor: Tensor | None, columns: Runs) -> None:
+    """Copies runs of a tensor's columns side by side."""
+    if tensor is None or out.ndim == 1:
+        _copy(out, tensor)
+    else:
+        column = 0
+        for first, count in columns:
+            part = out[:, column : column + count]
+            _copy(part, None if first == ZEROS else tensor[:, first : first + count])
+            column += count
+
+
+def _copy(out: np.ndarray, tensor: Tensor | None) -> None:
+    """Copies a tensor, in the dtype of `out`; None stands for zeros."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        out[...] = 0 if tensor is None else tensor
+    else:
+        tensor.read_into(out)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array on pages of its own: JAX's CPU backend takes over what is aligned to 64 bytes, and copies the rest.
+
+    Not from NumPy, which asks for huge pages: finding them took 5 of the 7 s of CPU time in which 2 GB were loaded (two
+    cores of a virtual machine, 2026-11-24).
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)
+
+
+def _overlapping(tensors: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
     """The parts of `tensors`, laid end to end, that make up `count` rows from `first` on."""
     parts, offset = [], 0
     for tensor in tensors:
@@ -185,7 +220,7 @@ def _check_nothing_is_left(
 
 
 def _check_shapes(
-    path: str, param: nnx.Param, spec: WeightSpec, tensors: list[np.ndarray], checkpoint: Checkpoint
+    path: str, param: nnx.Param, spec: WeightSpec, tensors: Sequence[Tensor], checkpoint: Checkpoint
 ) -> None:
     """Checks each tensor, not only their sum: parts of a fused weight could have changed places."""
     parts, columns = param.get_metadata("parts"), param.get_metadata("columns")

@@ -19,8 +19,9 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
     """Finds a model and opens its checkpoint; hub models are fetched into Hugging Face's cache.
 
     Args:
-        model: None or `"smollm2-135m-instruct"` (the embedded model), a folder with safetensors, a `.gguf` file, a hub
-            id (`owner/name`), or one file of a hub repository (`owner/name:file.gguf`).
+        model: None or `"smollm2-135m-instruct"` (the embedded model), a folder with safetensors, one that `jaxengine
+            convert` made, a `.gguf` file, a hub id (`owner/name`), or one file of a hub repository
+            (`owner/name:file.gguf`).
         revision: Branch, tag or commit of a hub model.
         load_format: With "dummy" weights a configuration is enough: a folder with a `config.json`, or a `.json` file.
 
@@ -70,9 +71,12 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_folder(path: Path) -> Checkpoint:
-    """A folder of safetensors, or one that holds nothing but a GGUF file."""
+    """A converted model, a folder of safetensors, or one that holds nothing but a GGUF file."""
+    from jaxengine.loading.orbax_checkpoint import WEIGHTS, OrbaxCheckpoint
     from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 
+    if (path / WEIGHTS).is_dir():
+        return OrbaxCheckpoint(path)
     files = sorted(path.glob("*.gguf"))
     if files and not any(path.glob("*.safetensors")):
         first_parts = [file for file in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", file.name)]

@@ -134,7 +134,7 @@ class HFCheckpoint:
             raise ValueError(f"{self.path} is not a model: it has no config.json")
         self.config = read_json(self.path / "config.json")
         self.generation_config = self._generation_config()
-        self._shards: dict[str, SafetensorsFile] = {}
+        self._shards: dict[str, Any] = {}
         for name, shard in self._open():
             if name in self._shards:
                 raise ValueError(f"tensor {name!r} is both in {self._shards[name].path} and in {shard.path}")
@@ -146,7 +146,7 @@ class HFCheckpoint:
         """Names of all tensors."""
         return set(self._shards)
 
-    def get(self, name: str) -> np.ndarray:
+    def get(self, name: str) -> Any:
         """One tensor, memory-mapped and read-only; see `Checkpoint.get`."""
         if name not in self._shards:
             raise ValueError(f"{self.path} has no tensor {name!r}")
@@ -187,7 +187,7 @@ class HFCheckpoint:
             generation["eos_token_id"] = eos if isinstance(eos, list) else [eos]
         return generation
 
-    def _open(self) -> list[tuple[str, SafetensorsFile]]:
+    def _open(self) -> list[tuple[str, Any]]:
         """Every tensor with the file that holds it."""
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():

@@ -1,5 +1,6 @@
 """Plans for devices that are not there."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -46,18 +47,29 @@ def test_what_is_wrong_is_said(monkeypatch, capsys):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     assert main(["compile", "--model", "qwen3-0.6b", "--target", "v6e:2x2"]) == 2
     assert "pip install libtpu" in capsys.readouterr().err
+    assert main(["compile", "--model", "qwen3-0.6b", "--target", "h100:2"]) == 2
+    assert 'pip install "jax[cuda13]"' in capsys.readouterr().err
+    for count in ("0", "-1", "two", ""):
+        assert main(["compile", "--model", "qwen3-0.6b", "--target", f"h200:{count}"]) == 2
+        assert f"how many h200 is {count!r}" in capsys.readouterr().err
     assert main(["compile", "--model", "qwen3-0.6b", "--target", "v6e:2x2", "--context", "0"]) == 2
     assert "context=0" in capsys.readouterr().err
 
 
 def compile_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_"))}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-m", "jaxengine", "compile", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
 
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed: uv run --group aot",
+)
+
+
+@needs_libtpu
 def test_compiles_for_a_tpu(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG))
@@ -79,8 +91,28 @@ def test_compiles_for_a_tpu(tmp_path):
     assert set(decode["collectives"]) == {"all-reduce", "all-gather"}
 
 
+@needs_libtpu
 def test_compiles_for_a_tpu_that_is_known_only():
     done = compile_command("--model", "qwen3-0.6b", "--target", "v9:2x2")
     assert done.returncode == 2
     assert "target='v9:2x2'" in done.stderr
     assert "v6e:2x2" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin[with-cuda] (no GPU)"
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_compiles_for_gpus(tmp_path, size):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    engine = ("--tensor-parallel-size", str(size), "--max-num-batched-tokens", "128", "--max-num-seqs", "16")
+    done = compile_command("--model", str(config), "--target", f"h100:{size}", *engine, "--json", "-")
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(done.stdout)
+    assert (plan["device_kind"], plan["num_devices"]) == ("NVIDIA H100 80GB HBM3", size)
+    assert plan["num_pages"] > 0
+    assert plan["page_bytes"] == 2 * 2 * (4 // size) * 16 * 128 * 2
+    decode = next(step for step in plan["steps"] if step["num_tokens"] == 16)
+    assert ("all-reduce" in decode["collectives"]) == (size > 1)
