@@ -33,6 +33,7 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: When the request was added.
+        scheduled_time: When its first completion first ran.
         first_token_time: When its first token reached the host.
         last_token_time: When its latest token reached the host.
         finished_time: When its last completion finished.
@@ -42,6 +43,7 @@ class RequestMetrics:
     """
 
     arrival_time: float = 0.0
+    scheduled_time: float = 0.0
     first_token_time: float = 0.0
     last_token_time: float = 0.0
     finished_time: float = 0.0
