@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from jaxengine.engine.core import EngineCore
     from jaxengine.engine.request import Request
+    from jaxengine.outputs import RequestMetrics
+    from jaxengine.sampling_params import SamplingParams
 
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -74,6 +77,15 @@ class Histogram:
         self.total += value
 
 
+class FinishedRequest(NamedTuple):
+    """A request all of whose completions have ended."""
+
+    request_id: str
+    params: SamplingParams
+    metrics: RequestMetrics
+    finish_reasons: list[str]
+
+
 class RequestStats:
     """Times and ends of requests, as their callers see them; seconds.
 
@@ -82,6 +94,7 @@ class RequestStats:
         inter_token_latency: Between tokens that follow each other in a completion.
         e2e_request_latency: From arrival to the end, of each request.
         num_finished: Completions by finish reason.
+        on_finished: Called with every request that has ended.
 
     Of each completion that has ended and had at least a token:
         queue_time: From arrival to its first step.
@@ -101,6 +114,7 @@ class RequestStats:
         self.inter_token_latency = Histogram(_TOKEN_SECONDS)
         self.e2e_request_latency = Histogram(_PHASE_SECONDS)
         self.num_finished: Counter[str] = Counter()
+        self.on_finished: Callable[[FinishedRequest], None] | None = None
         self.queue_time = Histogram(_PHASE_SECONDS)
         self.prefill_time = Histogram(_PHASE_SECONDS)
         self.decode_time = Histogram(_PHASE_SECONDS)
@@ -109,6 +123,12 @@ class RequestStats:
         self.prompt_tokens = Histogram(_TOKENS)
         self.prefill_kv_computed_tokens = Histogram(_TOKENS)
         self.generation_tokens = Histogram(_TOKENS)
+
+    def add_request(self, finished: FinishedRequest) -> None:
+        """Counts a request that has ended."""
+        self.e2e_request_latency.observe(finished.metrics.finished_time - finished.metrics.arrival_time)
+        if self.on_finished is not None:
+            self.on_finished(finished)
 
     def add_completion(
         self, request: Request, num_tokens: int, first_token_time: float, last_token_time: float

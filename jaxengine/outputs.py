@@ -52,6 +52,11 @@ class RequestMetrics:
     num_preemptions: int = 0
 
     @property
+    def queue_seconds(self) -> float:
+        """Seconds from arrival to the first step; 0.0 before it."""
+        return max(0.0, self.scheduled_time - self.arrival_time) if self.scheduled_time else 0.0
+
+    @property
     def first_token_latency(self) -> float:
         """Seconds from arrival to the first token; 0.0 before it."""
         return max(0.0, self.first_token_time - self.arrival_time) if self.first_token_time else 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from jaxengine.engine.detokenizer import IncrementalDetokenizer
 from jaxengine.engine.request import Request
 from jaxengine.engine.token_streams import TokenPieces
-from jaxengine.metrics import RequestStats
+from jaxengine.metrics import FinishedRequest, RequestStats
 from jaxengine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobDict, logprob_dict
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -302,7 +302,8 @@ class OutputProcessor:
         finished = parent.num_running == 0
         if finished:
             parent.metrics.finished_time = now
-            self._stats.e2e_request_latency.observe(now - parent.metrics.arrival_time)
+            reasons = [completion.finish_reason or "" for completion in parent.completions]
+            self._stats.add_request(FinishedRequest(parent.request_id, parent.params, parent.metrics, reasons))
             del self._parents[parent.request_id]
         kind = parent.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:

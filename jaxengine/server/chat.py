@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxengine.engine.async_llm import RequestStream
 from jaxengine.engine.chat import render_chat
 from jaxengine.engine.inputs import ProcessedInput, Prompt
 from jaxengine.outputs import CompletionOutput, Logprob, TokenLogprobDict
-from jaxengine.server.generation import Usage, finite, generate, prompt_logprobs_json
+from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.protocol import ChatBody
 from jaxengine.server.state import ServerState
 
@@ -29,7 +28,8 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     model = server.model_name(body.model)
     body.check()
     params = body.sampling_params(llm.default_sampling_params())
-    call = _Call(body, model)
+    call_id, request_id = call_ids(request, "chatcmpl")
+    call = _Call(call_id, body, model)
 
     def process() -> list[ProcessedInput]:
         if llm.tokenizer is None:
@@ -37,7 +37,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         text = render_chat(llm.tokenizer, body.messages, **body.template_options())
         prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
         process_one = llm.input_processor.process_one
-        return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
+        return [process_one(request_id, prompt, params, body.priority, arrival_time=time.time())]
 
     if body.stream:
         return await generate(request, params.n, process, events=call.events)
@@ -47,11 +47,10 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 class _Call:
     """One call of the endpoint, whose answer is made as outputs come."""
 
-    def __init__(self, body: ChatBody, model: str):
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+    def __init__(self, call_id: str, body: ChatBody, model: str):
         self._body = body
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._head = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
+        self._head = {"id": call_id, "object": kind, "created": int(time.time()), "model": model}
         self._usage = Usage()
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from jaxengine.engine.async_llm import AsyncLLM
 from jaxengine.server.errors import APIError
+from jaxengine.server.observe import Observer
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ServerSettings:
         request_timeout: Seconds a request may take; None: as long as it takes.
         max_body_size: Bytes of a request's body at most.
         shutdown_timeout: Seconds that requests in flight get to finish once the server is told to end.
+        log_requests: Whether a line of the log tells of every request that begins or ends.
+        otlp_traces_endpoint: URL to which OpenTelemetry spans of requests are sent; None: nowhere.
 
     Raises:
         ValueError: A value is out of range.
@@ -34,6 +37,8 @@ class ServerSettings:
     request_timeout: float | None = None
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 30.0
+    log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not all(self.api_keys):
@@ -46,14 +51,19 @@ class ServerSettings:
             raise ValueError(f"max_body_size={self.max_body_size}: must be at least 1")
         if not self.shutdown_timeout >= 0:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            accepted = "an http:// or https:// URL, as http://localhost:4318/v1/traces"
+            raise ValueError(f"otlp_traces_endpoint={endpoint!r}: expected {accepted} (OTLP over HTTP)")
 
 
 class ServerState:
     """The model behind the endpoints, and the count of what it is busy with."""
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings):
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, observer: Observer):
         self.llm = llm
         self.settings = settings
+        self.observer = observer
         self._num_admitted = 0
 
     @classmethod
