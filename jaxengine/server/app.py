@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from jaxengine import __version__
 from jaxengine.engine.async_llm import AsyncLLM
-from jaxengine.server import chat, completions, tokens
+from jaxengine.server import chat, completions, page, tokens
 from jaxengine.server.errors import add_error_handlers
 from jaxengine.server.generation import json_response
 from jaxengine.server.metrics import FORMAT, make_registry, render
@@ -33,7 +33,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings, tracer: RequestTracer | No
     if settings.api_keys:
         app.add_middleware(RequireKey, api_keys=settings.api_keys)
     app.add_middleware(NameRequests)
-    for part in (completions, chat, tokens):
+    for part in (completions, chat, tokens, page):
         app.include_router(part.router)
     _add_models(app, server)
     _add_probes(app, server)

@@ -63,6 +63,6 @@ class Observer:
 def _given(params: SamplingParams) -> str:
     """What differs from the defaults."""
     default = SamplingParams()
-    names = [field.name for field in dataclasses.fields(params) if field.name != "output_kind"]
+    names = [field.name for field in dataclasses.fields(params) if field.init and field.name != "output_kind"]
     changed = [f"{name}={getattr(params, name)!r}" for name in names if getattr(params, name) != getattr(default, name)]
     return ", ".join(changed) or "default parameters"

@@ -41,7 +41,7 @@ def test_python_snippets_run(index, smollm2, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line", command_lines())
 def test_command_lines_parse(line):
-    assert parse_args(shlex.split(line)).command in ("generate", "chat", "serve", "compile", "bench")
+    assert parse_args(shlex.split(line)).command in ("generate", "chat", "serve", "run-batch", "compile", "bench")
 
 
 def test_the_two_commands():
