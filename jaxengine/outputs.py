@@ -33,6 +33,7 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: When the request was added.
+        scheduled_time: When its first completion first ran.
         first_token_time: When its first token reached the host.
         last_token_time: When its latest token reached the host.
         finished_time: When its last completion finished.
@@ -42,12 +43,18 @@ class RequestMetrics:
     """
 
     arrival_time: float = 0.0
+    scheduled_time: float = 0.0
     first_token_time: float = 0.0
     last_token_time: float = 0.0
     finished_time: float = 0.0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_preemptions: int = 0
+
+    @property
+    def queue_seconds(self) -> float:
+        """Seconds from arrival to the first step; 0.0 before it."""
+        return max(0.0, self.scheduled_time - self.arrival_time) if self.scheduled_time else 0.0
 
     @property
     def first_token_latency(self) -> float:

@@ -18,17 +18,23 @@ def environment() -> dict[str, Any]:
     """Versions, devices, processor, date and commit."""
     import jax
 
+    return host_environment() | {
+        "backend": jax.default_backend(),
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "num_devices": jax.device_count(),
+    }
+
+
+def host_environment() -> dict[str, Any]:
+    """The same without the devices, which looking at them would take from a server on this machine."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "jaxengine": __version__,
         "commit": git_commit(),
-        "jax": jax.__version__,
+        "jax": _version("jax"),
         "jaxlib": _version("jaxlib"),
         "flax": _version("flax"),
         "python": platform.python_version(),
-        "backend": jax.default_backend(),
-        "devices": sorted({device.device_kind for device in jax.devices()}),
-        "num_devices": jax.device_count(),
         "cpu": cpu_name(),
         "cores": num_cores(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

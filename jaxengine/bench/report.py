@@ -16,6 +16,7 @@ from jaxengine.bench.throughput import ThroughputResult
 if TYPE_CHECKING:
     from jaxengine.bench.gpu_preset import GpuRowResult
     from jaxengine.bench.latency import LatencyResult
+    from jaxengine.bench.serve import ServeResult
 
 
 def print_throughput(console: Console, results: Sequence[ThroughputResult], environment: dict[str, Any]) -> None:
@@ -109,6 +110,48 @@ def print_latency(console: Console, result: LatencyResult, environment: dict[str
     warn_of_compilations(console, "latency", result.num_compilations)
 
 
+def print_serve(console: Console, result: ServeResult, environment: dict[str, Any]) -> None:
+    """Counts and rates, a row of figures for each kind of latency, and why requests have failed."""
+    rate = "all at once" if result.request_rate is None else f"{result.request_rate:g} requests/s"
+    limit = "" if result.max_concurrency is None else f", at most {result.max_concurrency} at once"
+    table = Table(title="serve", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("workload", result.workload)
+    table.add_row("requests sent", rate + limit)
+    failed = str(result.num_failed)
+    table.add_row("requests completed", str(result.num_completed))
+    table.add_row("requests failed", f"[bold red]{failed}[/bold red]" if result.num_failed else failed)
+    table.add_row("requests/s", f"{result.requests_per_s:.2f}")
+    table.add_row("[bold]output tokens/s[/bold]", f"[bold]{result.output_tokens_per_s:.1f}[/bold]")
+    table.add_row("total tokens/s", f"{result.total_tokens_per_s:.1f}")
+    table.add_row("tokens in / out", f"{result.num_input_tokens} / {result.num_output_tokens}")
+    if result.num_cached_tokens:
+        table.add_row("of those in, in the prefix cache", str(result.num_cached_tokens))
+    table.add_row("seconds", f"{result.seconds:.2f}")
+    console.print(table)
+    latencies = Table(title="latencies, ms", title_justify="left")
+    latencies.add_column("")
+    for name in ("mean", "p50", "p90", "p99"):
+        latencies.add_column(name, justify="right")
+    for name, values in (
+        ("time to first token (TTFT)", result.ttft_ms),
+        ("time per output token (TPOT)", result.tpot_ms),
+        ("inter-token latency (ITL)", result.itl_ms),
+        ("end to end (E2E)", result.e2e_ms),
+        ("sent later than meant", result.late_ms),
+    ):
+        if values is not None:
+            latencies.add_row(name, *(f"{values[figure]:.2f}" for figure in ("mean", "p50", "p90", "p99")))
+    console.print(latencies)
+    about = f"{environment['model']} at {environment['base_url']}, version {environment['server_version']}"
+    console.print(f"Server: {about}. The client:", style="dim", highlight=False)
+    _print_environment(console, {name: value for name, value in environment.items() if name != "model"})
+    for message, count in result.errors.items():
+        console.print(f"[bold red]failed[/bold red] {count} x {escape(message)}", highlight=False)
+    warn_of_compilations(console, result.workload, result.num_compilations or 0)
+
+
 def print_gpu_preset(console: Console, results: Sequence[GpuRowResult], report: dict[str, Any]) -> None:
     """A table per kind of figure, ours beside vLLM's; then what each was measured on, and what failed."""
     environment = report["environment"]
@@ -183,9 +226,8 @@ def print_startup(console: Console, results: Sequence[StartupResult], environmen
 
 
 def _print_environment(console: Console, environment: dict[str, Any]) -> None:
-    devices = f"{environment['num_devices']} x {', '.join(environment['devices'])}"
-    parts = [
-        devices,
+    parts = [f"{environment['num_devices']} x {', '.join(environment['devices'])}"] if "devices" in environment else []
+    parts += [
         f"{environment['cores']} cores of {environment['cpu']}",
         f"jax {environment['jax']}",
         f"commit {(environment['commit'] or 'unknown')[:12]}",

@@ -187,8 +187,7 @@ class StepClock:
         self._last = now
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The values at 50% and 99% of the order (the nearest rank, so always a value that was measured)."""
+def percentiles(values: Sequence[float], ranks: Sequence[int] = (50, 99)) -> dict[str, float]:
+    """The values at these percents of the order (the nearest rank, so always a value that was measured)."""
     ordered = sorted(values)
-    ranks = {"p50": 50, "p99": 99}
-    return {name: round(ordered[max(0, -(-len(ordered) * rank // 100) - 1)], 3) for name, rank in ranks.items()}
+    return {f"p{rank}": round(ordered[max(0, -(-len(ordered) * rank // 100) - 1)], 3) for rank in ranks}

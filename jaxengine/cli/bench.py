@@ -1,4 +1,4 @@
-"""`jaxengine bench`: measures throughput, the time of a decode step, and start-up time."""
+"""`jaxengine bench`: measures throughput, the time of a decode step, a server, and start-up time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Runs a workload, all requests at once, greedily and without stopping at EOS, after everything is "
         f"compiled. {MODEL_HELP}",
     )
-    _add_workload_flags(throughput)
+    group = add_workload_flags(throughput, default="mixed")
+    text = (
+        "instead: the rows of the comparison with other engines on CPU, or with vLLM on one GPU, which needs no model"
+    )
+    group.add_argument("--preset", choices=["cpu", "gpu"], help=text)
+    group.add_argument("--only", metavar="TEXT", help="preset: only rows whose name contains this")
+    group.add_argument("--models", metavar="A,B", help="preset gpu: only these models")
     throughput.add_argument("--repeat", type=int, default=1, metavar="N", help="runs; the median counts (default: 1)")
     _add_measuring_flags(throughput)
     throughput.set_defaults(run=run_throughput)
@@ -55,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--output-len", type=int, default=64, metavar="M", help=text)
     _add_measuring_flags(latency)
     latency.set_defaults(run=run_latency)
+    from jaxengine.cli import bench_serve  # which needs what is below
+
+    bench_serve.add_arguments(kinds.add_parser("serve", help="send requests to a server: latencies, tokens/s"))
     startup = kinds.add_parser(
         "startup",
         help="start fresh processes: seconds to the first token",
@@ -66,19 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     startup.add_argument(
         "--warm-starts", type=int, default=1, metavar="N", help="starts with a filled cache (default: 1)"
     )
-    _add_report_flags(startup)
+    add_report_flags(startup)
     startup.set_defaults(run=run_startup)
 
 
-def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
+def add_workload_flags(parser: argparse.ArgumentParser, *, default: str) -> argparse._ArgumentGroup:
+    """Adds what `make_workload` reads; returns the group of these flags."""
     group = parser.add_argument_group("workload")
-    group.add_argument("--workload", choices=["uniform", "mixed", "sharegpt"], default="mixed", help="(default: mixed)")
-    text = (
-        "instead: the rows of the comparison with other engines on CPU, or with vLLM on one GPU, which needs no model"
+    group.add_argument(
+        "--workload", choices=["uniform", "mixed", "sharegpt"], default=default, help="(default: %(default)s)"
     )
-    group.add_argument("--preset", choices=["cpu", "gpu"], help=text)
-    group.add_argument("--only", metavar="TEXT", help="preset: only rows whose name contains this")
-    group.add_argument("--models", metavar="A,B", help="preset gpu: only these models")
     group.add_argument("--num-prompts", type=int, metavar="N", help="requests (default: 256)", default=256)
     group.add_argument(
         "--input-len", type=int, default=1024, metavar="N", help="uniform: prompt tokens (default: 1024)"
@@ -90,8 +96,11 @@ def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-hi", type=int, metavar="N", help="mixed: longest output (default: as --hi)")
     text = f"uniform, mixed: largest token id in prompts (default: {DEFAULT_VOCAB}, or the model's largest)"
     group.add_argument("--vocab", type=int, metavar="N", help=text)
-    group.add_argument("--workload-seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
+    names = ("--workload-seed",) if default == "mixed" else ("--seed", "--workload-seed")
+    text = "of the random draws (default: 0)"
+    group.add_argument(*names, dest="workload_seed", type=int, default=0, metavar="N", help=text)
     group.add_argument("--dataset", type=Path, metavar="FILE", help="sharegpt: a JSON file of conversations")
+    return group
 
 
 def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +108,7 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     text += "floor on CPU)"
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help=text)
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write profiler traces of what is measured there")
-    _add_report_flags(parser)
+    add_report_flags(parser)
     notes = {
         "enable_prefix_caching": "False: random prompts share nothing",
         "max_model_len": f"what the model allows; with dummy weights {DUMMY_MAX_MODEL_LEN}",
@@ -107,7 +116,8 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser, notes, skip="warmup")
 
 
-def _add_report_flags(parser: argparse.ArgumentParser) -> None:
+def add_report_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json` and the flags that every command has."""
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures there; - for stdout, without tables"
     )
@@ -138,7 +148,8 @@ def run_throughput(args: argparse.Namespace) -> int:
 
         llm.wait_until_warm()
         results = []
-        for workload in [row.workload for row in rows] or [make_workload(args, llm)]:
+        vocab_size = llm.llm_engine.config.model.vocab_size
+        for workload in [row.workload for row in rows] or [make_workload(args, vocab_size, llm.get_tokenizer)]:
             status.show(f"measuring {workload.name} ...")
             with trace(args.profile):
                 results.append(measure(llm, workload, repeat=args.repeat))
@@ -165,7 +176,7 @@ def run_latency(args: argparse.Namespace) -> int:
     Raises:
         ValueError: A wrong argument or model, or a batch that the engine cannot run together.
     """
-    _check_positive(args, "batch_size", "input_len", "output_len")
+    check_positive(args, "batch_size", "input_len", "output_len")
     found = bandwidth(args)
     status = Status(quiet=args.quiet)
     with make_llm(bench_engine_args(engine_kwargs(args)) | {"warmup": "none"}, status) as llm:
@@ -227,15 +238,20 @@ def bench_engine_args(given: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def make_workload(args: argparse.Namespace, llm: LLM) -> Workload:
+def make_workload(args: argparse.Namespace, vocab_size: int | None, get_tokenizer: Callable[[], Any]) -> Workload:
     """The workload that the arguments describe.
+
+    Args:
+        vocab_size: The model's; None if it is not known.
+        get_tokenizer: Called if tokens are to be counted.
 
     Raises:
         ValueError: They do not fit together.
     """
-    vocab = min(DEFAULT_VOCAB, llm.llm_engine.config.model.vocab_size - 1) if args.vocab is None else args.vocab
+    known = DEFAULT_VOCAB if vocab_size is None else min(DEFAULT_VOCAB, vocab_size - 1)
+    vocab = known if args.vocab is None else args.vocab
     if args.workload == "sharegpt":
-        return sharegpt(args.dataset, llm.get_tokenizer(), args.num_prompts, seed=args.workload_seed)
+        return sharegpt(args.dataset, get_tokenizer(), args.num_prompts, seed=args.workload_seed)
     if args.workload == "uniform":
         return uniform(args.num_prompts, args.input_len, args.output_len, vocab=vocab, seed=args.workload_seed)
     return mixed(
@@ -279,7 +295,8 @@ def select_rows[Row](rows: list[Row], name: Callable[[Row], str], text: str | No
     return chosen
 
 
-def _check_positive(args: argparse.Namespace, *names: str) -> None:
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError unless these arguments are at least 1, or None."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -287,10 +304,16 @@ def _check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    _check_positive(args, "num_prompts", "input_len", "output_len", "lo", "output_lo", "repeat")
+    check_positive(args, "num_prompts", "input_len", "output_len", "lo", "output_lo", "repeat")
     for name, presets in (("only", ("cpu", "gpu")), ("models", ("gpu",)), ("bandwidth", ("gpu",))):
         if getattr(args, name) is not None and args.preset not in presets:
             raise ValueError(f"{name}={getattr(args, name)!r}: only for --preset {' or '.join(presets)}")
+    if args.preset is None:
+        check_workload(args)
+
+
+def check_workload(args: argparse.Namespace) -> None:
+    """Raises ValueError unless a workload's arguments fit together."""
     output_lo = args.lo if args.output_lo is None else args.output_lo
     output_hi = args.hi if args.output_hi is None else args.output_hi
     for low_name, low, high_name, high in (
@@ -299,8 +322,10 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if high < low:
             raise ValueError(f"{high_name}={high}: must be at least {low_name}={low}")
-    if args.workload == "sharegpt" and args.preset is None and args.dataset is None:
+    if args.workload == "sharegpt" and args.dataset is None:
         raise ValueError("workload='sharegpt' needs --dataset FILE, a JSON file of conversations")
+    if args.vocab is not None and args.vocab < 0:
+        raise ValueError(f"vocab={args.vocab}: must be at least 0")
 
 
 def _describe(llm: LLM) -> dict[str, Any]:

@@ -16,9 +16,10 @@ COMMANDS = {
     "generate": "continue prompts, streaming the text as it is generated",
     "chat": "talk with a model",
     "serve": "serve a model to OpenAI's clients over HTTP",
+    "run-batch": "answer a file of calls in OpenAI's batch format",
     "convert": "write a model in the form that loads fastest, onto any number of devices",
     "compile": "plan for TPUs and GPUs on a machine that has none",
-    "bench": "measure throughput, decode steps and start-up time",
+    "bench": "measure throughput, decode steps, servers and start-up time",
 }
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT."""
@@ -41,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == called:
-            module = importlib.import_module(f"jaxengine.cli.{name}")
+            module = importlib.import_module(f"jaxengine.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
     return parser.parse_args(argv)
 

@@ -10,8 +10,9 @@ import sys
 from jaxengine.cli.common import Status, add_common_flags
 from jaxengine.cli.engine_flags import add_engine_flags, engine_kwargs
 
-NEEDED = ("fastapi", "uvicorn", "zmq", "msgspec", "prometheus_client")
+NEEDED = ("fastapi", "httpx", "uvicorn", "zmq", "msgspec", "prometheus_client")
 """Modules of the extra `server`."""
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "answers of /v1/responses kept in memory, the oldest go first; 0 keeps none (default: %(default)s)"
     group.add_argument("--response-store-size", type=int, default=64 * 2**20, metavar="BYTES", help=text)
     _add_chat_flags(parser)
+    text = "log every request with its id when it begins and when it ends"
+    group.add_argument("--enable-log-requests", action="store_true", help=text)
+    text = "of the HTTP server; from info on it logs every call (default: error, with --debug info)"
+    group.add_argument("--uvicorn-log-level", choices=LOG_LEVELS, help=text)
+    text = "send OpenTelemetry spans of requests there, over HTTP: http://localhost:4318/v1/traces"
+    group.add_argument("--otlp-traces-endpoint", metavar="URL", help=text)
     add_common_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
@@ -65,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: A wrong argument or model, or the extra `server` is not installed.
         OSError: The address is not free.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"the server needs {', '.join(missing)}: pip install 'jaxengine[server]'")
+    check_installed()
     from jaxengine.engine.async_llm import AsyncLLM, EngineDeadError
     from jaxengine.engine_args import EngineArgs
     from jaxengine.loading.chat_template import read_template
@@ -93,7 +98,11 @@ def run(args: argparse.Namespace) -> int:
         chat_template=None if args.chat_template is None else read_template(args.chat_template),
         trust_request_chat_template=args.trust_request_chat_template,
         response_store_size=args.response_store_size,
+        log_requests=args.enable_log_requests,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
+    if args.otlp_traces_endpoint is not None and not _has_opentelemetry():
+        raise ValueError("otlp_traces_endpoint: traces need OpenTelemetry: pip install 'jaxengine[otel]'")
     # Until the server has its own handlers, even while the model loads: whatever was started is ended.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status = Status(quiet=args.quiet)
@@ -102,10 +111,25 @@ def run(args: argparse.Namespace) -> int:
             status.show(f"loading {settings.served_model_names[0]} and compiling (a first start takes longer) ...")
             with AsyncLLM(EngineArgs(**given)) as llm:
                 status.clear()
-                return run_server(llm, settings, sock, access_log=args.debug)
+                level = args.uvicorn_log_level or ("info" if args.debug else "error")
+                return run_server(llm, settings, sock, uvicorn_log_level=level)
     except EngineDeadError as error:
         print(f"jaxengine serve: error: {error}", file=sys.stderr)
         return 1
     finally:
         status.clear()
         signal.signal(signal.SIGTERM, before)
+
+
+def check_installed() -> None:
+    """Raises ValueError unless the extra `server` is installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'jaxengine[server]'")
+
+
+def _has_opentelemetry() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:  # of a parent
+        return False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.metrics import STEP_TOKENS, Histogram
 from jaxengine.runner.model_runner import ModelRunner, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
@@ -21,11 +22,13 @@ class EngineStats:
         num_steps: Steps dispatched.
         num_prompt_tokens: Tokens computed in chunks of prompts (recomputed ones again).
         num_generation_tokens: Tokens sampled and kept.
+        step_tokens: Tokens computed, of each step.
     """
 
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
 
 
 class EngineCore:
@@ -85,6 +88,7 @@ class EngineCore:
         if batch is None:
             return None
         self.stats.num_steps += 1
+        self.stats.step_tokens.observe(batch.num_tokens)
         self.stats.num_prompt_tokens += sum(
             s.num_new_tokens for s in batch.sequences if s.start < s.request.num_prompt_tokens
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxengine.engine.detokenizer import IncrementalDetokenizer
 from jaxengine.engine.request import Request
 from jaxengine.engine.token_streams import TokenPieces
-from jaxengine.metrics import RequestStats
+from jaxengine.metrics import FinishedRequest, RequestStats
 from jaxengine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobDict, logprob_dict
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -78,6 +78,7 @@ class _Completion:
     stop_reason: int | str | None = None
     num_delivered: int = 0  # tokens that DELTA outputs have carried
     num_preemptions: int = 0
+    first_token_time: float = 0.0
     last_token_time: float = 0.0
     has_news: bool = False
 
@@ -260,7 +261,9 @@ class OutputProcessor:
                 self._stats.inter_token_latency.observe(now - completion.last_token_time)
             elif not metrics.first_token_time:
                 self._stats.time_to_first_token.observe(now - metrics.arrival_time)
+            completion.first_token_time = completion.first_token_time or now
             completion.last_token_time = now
+            metrics.scheduled_time = metrics.scheduled_time or completion.request.scheduled_time
             metrics.num_generation_tokens += num_new
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
@@ -270,6 +273,10 @@ class OutputProcessor:
     def _finish(self, parent: _Parent, completion: _Completion, reason: str, stop_reason: int | str | None) -> None:
         parent.num_running -= 1
         self._stats.num_finished[reason] += 1
+        if completion.token_ids and completion.request.scheduled_time:
+            self._stats.add_completion(
+                completion.request, len(completion.token_ids), completion.first_token_time, completion.last_token_time
+            )
         completion.finish_reason, completion.stop_reason = reason, stop_reason
         completion.has_news = True
         del self._by_child[completion.request.request_id]
@@ -295,7 +302,8 @@ class OutputProcessor:
         finished = parent.num_running == 0
         if finished:
             parent.metrics.finished_time = now
-            self._stats.e2e_request_latency.observe(now - parent.metrics.arrival_time)
+            reasons = [completion.finish_reason or "" for completion in parent.completions]
+            self._stats.add_request(FinishedRequest(parent.request_id, parent.params, parent.metrics, reasons))
             del self._parents[parent.request_id]
         kind = parent.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:

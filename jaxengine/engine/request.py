@@ -51,6 +51,7 @@ class Request:
             step ahead (2 between `schedule()` and the `update()` of the step before).
         slot: Row of the device state while running, else -1.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
+        scheduled_time: When it first ran: `time.time()`; 0.0 before.
         stop_reason: The stop token of `sampling_params.stop_token_ids`, or the stop string, that ended the output; None
             for EOS.
         all_token_ids: Prompt and known output tokens: read only.
@@ -77,6 +78,7 @@ class Request:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     stop_reason: int | str | None = None
+    scheduled_time: float = 0.0
 
     all_token_ids: list[int] = field(init=False, repr=False)
     max_total_tokens: int = field(init=False, repr=False)

@@ -124,6 +124,7 @@ class Update(msgspec.Struct, array_like=True):
     stop_reason: int | None = None
     logprobs: Rows | None = None
     prompt_logprobs: Rows | None = None
+    scheduled_time: float = 0.0
 
     @classmethod
     def of(cls, key: int, update: SampledUpdate) -> Update:
@@ -139,12 +140,14 @@ class Update(msgspec.Struct, array_like=True):
             reason,
             None if update.logprobs is None else Rows.of(update.logprobs),
             None if update.prompt_logprobs is None else Rows.of(update.prompt_logprobs),
+            request.scheduled_time,
         )
 
     def apply(self, request: Request) -> SampledUpdate:
         """Brings the front's copy of the request up to date."""
         request.num_cached_tokens = self.num_cached_tokens
         request.num_preemptions = self.num_preemptions
+        request.scheduled_time = self.scheduled_time
         if self.status is not None:
             request.status = RequestStatus[self.status]
             request.stop_reason = self.stop_reason

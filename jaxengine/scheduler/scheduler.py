@@ -11,6 +11,7 @@ sound because the device runs the steps in the order they were scheduled, so tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -241,6 +242,7 @@ class Scheduler:
             request.num_computed_tokens = num_cached
             if request.num_preemptions == 0:
                 request.num_cached_tokens = num_cached
+                request.scheduled_time = time.time()
             step.admitted.add(request)
             step.add(request, num_new)
 

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from jaxengine import __version__
 from jaxengine.engine.async_llm import AsyncLLM
-from jaxengine.server import chat, completions, responses, tokens
+from jaxengine.server import chat, completions, page, responses, tokens
 from jaxengine.server.errors import add_error_handlers
 from jaxengine.server.generation import json_response
 from jaxengine.server.metrics import FORMAT, make_registry, render
-from jaxengine.server.middleware import LimitBody, RequireKey
+from jaxengine.server.middleware import LimitBody, NameRequests, RequireKey
+from jaxengine.server.observe import Observer
 from jaxengine.server.state import ServerSettings, ServerState
 
+if TYPE_CHECKING:
+    from jaxengine.server.tracing import RequestTracer
 
-def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
-    """Makes the application of a model."""
+
+def make_app(llm: AsyncLLM, settings: ServerSettings, tracer: RequestTracer | None = None) -> FastAPI:
+    """Makes the application of a model, which traces requests if it has a tracer."""
     # The pages that show the schema load scripts from elsewhere: there are none.
     app = FastAPI(title="jaxengine", version=__version__, docs_url=None, redoc_url=None)
-    server = app.state.server = ServerState(llm, settings)
+    observer = Observer(llm.stats, log=settings.log_requests, tracer=tracer)
+    server = app.state.server = ServerState(llm, settings, observer)
     add_error_handlers(app)
     app.add_middleware(LimitBody, max_body_size=settings.max_body_size)
     if settings.api_keys:
         app.add_middleware(RequireKey, api_keys=settings.api_keys)
-    for part in (completions, chat, responses, tokens):
+    app.add_middleware(NameRequests)
+    for part in (completions, chat, responses, tokens, page):
         app.include_router(part.router)
     _add_models(app, server)
     _add_probes(app, server)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from jaxengine.engine.async_llm import RequestStream
 from jaxengine.engine.inputs import ProcessedInput, Prompt
 from jaxengine.outputs import CompletionOutput, Logprob, TokenLogprobDict
-from jaxengine.server.generation import Usage, finite, generate, prompt_logprobs_json
+from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
 from jaxengine.server.parsing.tool_calls import ToolCall
 from jaxengine.server.protocol import ChatBody, offered_tools
@@ -31,14 +30,15 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     body.check()
     tools = offered_tools(body.tools, body.tool_choice, auto=server.settings.enable_auto_tool_choice)
     params = body.sampling_params(llm.default_sampling_params(), **server.parsed_text_options(tools=bool(tools)))
-    call = _Call(body, model, server, bool(tools))
+    call_id, request_id = call_ids(request, "chatcmpl")
+    call = _Call(call_id, body, model, server, bool(tools))
 
     def process() -> list[ProcessedInput]:
         shown = [tool.shown() for tool in tools]
         text = server.render_chat(body.messages, tools=shown, **body.template_options())
         prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
         process_one = llm.input_processor.process_one
-        return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
+        return [process_one(request_id, prompt, params, body.priority, arrival_time=time.time())]
 
     if body.stream:
         return await generate(request, params.n, process, events=call.events)
@@ -48,11 +48,10 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 class _Call:
     """One call of the endpoint, whose answer is made as outputs come."""
 
-    def __init__(self, body: ChatBody, model: str, server: ServerState, tools: bool):
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+    def __init__(self, call_id: str, body: ChatBody, model: str, server: ServerState, tools: bool):
         self._body, self._server, self._tools = body, server, tools
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._head = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
+        self._head = {"id": call_id, "object": kind, "created": int(time.time()), "model": model}
         self._usage = Usage()
 
     def _parser(self, processed: list[ProcessedInput]) -> AnswerParser:

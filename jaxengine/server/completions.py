@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from jaxengine.engine.async_llm import RequestStream
 from jaxengine.engine.inputs import ProcessedInput
 from jaxengine.outputs import CompletionOutput, RequestOutput, TokenLogprobDict
-from jaxengine.server.generation import Usage, finite, generate, prompt_logprobs_json
+from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.protocol import CompletionBody
 from jaxengine.server.state import ServerState
 
@@ -27,13 +26,14 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     model = server.model_name(body.model)
     body.check()
     prompts, params = body.prompts(), body.sampling_params(server.llm.default_sampling_params())
-    call = _Call(server, body, model)
+    call_id, request_id = call_ids(request, "cmpl")
+    call = _Call(call_id, server, body, model)
 
     def process() -> list[ProcessedInput]:
         return server.llm.input_processor.process_batch(
             prompts,
             params,
-            request_ids=lambda place: f"{call.id}-{place}",
+            request_ids=lambda place: f"{request_id}-{place}",
             priority=body.priority,
             arrival_time=time.time(),
         )
@@ -47,11 +47,10 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
 class _Call:
     """One call of the endpoint, whose answer is made as outputs come."""
 
-    def __init__(self, server: ServerState, body: CompletionBody, model: str):
-        self.id = f"cmpl-{uuid.uuid4().hex}"
+    def __init__(self, call_id: str, server: ServerState, body: CompletionBody, model: str):
         self._tokenizer = server.llm.tokenizer
         self._body = body
-        self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._head = {"id": call_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._usage = Usage()
         self._offsets: dict[int, int] = {}  # characters that a choice has told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -58,11 +59,21 @@ async def generate(
             processed = await server.llm.in_tokenizer_thread(process)
             outputs = server.llm.submit(processed)
             resources.callback(outputs.close)
+            server.observer.begin(request, processed)
             if events is not None:
                 return EventStream(events(processed, outputs), resources.pop_all(), deadline)
             assert answer is not None
             body = await _unless_disconnected(request.receive, answer(processed, outputs))
     return json_response(body)
+
+
+def call_ids(request: Request, kind: str) -> tuple[str, str]:
+    """The id with which a call is answered, made of that of its header; and one that no other call has, for the engine.
+
+    A client that tries again brings the same id while the first try still runs.
+    """
+    name = f"{kind}-{request.state.request_id}"
+    return name, f"{name}-{secrets.token_hex(4)}"
 
 
 def json_response(body: Any) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from jaxengine.metrics import Histogram
+from jaxengine.metrics import STEP_TOKENS
 from jaxengine.server.state import ServerState
 
 HELP = {
@@ -23,6 +23,7 @@ HELP = {
     "jaxengine:prompt_tokens": "Tokens of prompts computed.",
     "jaxengine:generation_tokens": "Tokens generated.",
     "jaxengine:steps": "Steps of the engine.",
+    "jaxengine:iteration_tokens_total": "Tokens computed in a step.",
     "jaxengine_compilations_total": "Compilations since the engine started.",
 }
 FORMAT = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,6 +39,9 @@ class ServerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
         for metric in self._server.llm.get_metrics():
+            if metric.kind == "histogram":
+                yield _histogram(self._labels, metric.name, HELP[metric.name], STEP_TOKENS, metric.counts, metric.value)
+                continue
             kind = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
             family = kind(metric.name, HELP[metric.name], labels=names)
             family.add_metric(values, metric.value)
@@ -55,15 +59,37 @@ class ServerCollector(Collector):
             # The name that the one above had before, for dashboards that know only that.
             ("time_per_output_token_seconds", "Between tokens of a completion.", stats.inter_token_latency),
             ("e2e_request_latency_seconds", "From arrival to the end.", stats.e2e_request_latency),
+            ("request_queue_time_seconds", "From arrival to the first step.", stats.queue_time),
+            ("request_prefill_time_seconds", "From the first step to the first token.", stats.prefill_time),
+            ("request_decode_time_seconds", "From the first token to the last.", stats.decode_time),
+            ("request_inference_time_seconds", "From the first step to the last token.", stats.inference_time),
+            (
+                "request_time_per_output_token_seconds",
+                "Mean between a completion's tokens.",
+                stats.time_per_output_token,
+            ),
+            ("request_prompt_tokens", "Tokens of a prompt.", stats.prompt_tokens),
+            (
+                "request_prefill_kv_computed_tokens",
+                "Tokens of a prompt that were not in the prefix cache.",
+                stats.prefill_kv_computed_tokens,
+            ),
+            ("request_generation_tokens", "Tokens of a completion.", stats.generation_tokens),
         ):
-            family = HistogramMetricFamily(f"jaxengine:{name}", text, labels=names)
-            family.add_metric(values, _cumulated(histogram), histogram.total)
-            yield family
+            yield _histogram(
+                self._labels, f"jaxengine:{name}", text, histogram.bounds, histogram.counts, histogram.total
+            )
 
 
-def _cumulated(histogram: Histogram) -> list[tuple[str, float]]:
-    bounds = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
-    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
+def _histogram(
+    labels: dict[str, str], name: str, text: str, bounds: Sequence[float], counts: Sequence[int], total: float
+) -> HistogramMetricFamily:
+    """Args: counts: Of each bucket, not cumulated, one more than `bounds`."""
+    edges = [*(f"{bound:g}" for bound in bounds), "+Inf"]
+    buckets = list(zip(edges, map(float, accumulate(counts)), strict=True))
+    family = HistogramMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), buckets, total)
+    return family
 
 
 def make_registry(server: ServerState) -> CollectorRegistry:

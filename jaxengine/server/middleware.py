@@ -1,17 +1,46 @@
-"""What every request passes before its endpoint: the key, and the size of its body."""
+"""What every request passes before its endpoint: its id, the key, and the size of its body."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+import uuid
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxengine.server.errors import APIError
 
-OPEN_PATHS = ("/health", "/ping", "/metrics")
-"""What probes ask for, which have no key."""
+OPEN_PATHS = ("/", "/health", "/ping", "/metrics")
+"""The page, which asks its reader for the key, and what probes ask for, which have none."""
+
+
+class NameRequests:
+    """Gives every call an id, its own (header `X-Request-Id`) if it brings one, and tells it in the answer's header.
+
+    Endpoints find it in `request.state.request_id`.
+    """
+
+    _ACCEPTED = re.compile(r"[!-~]{1,200}")  # printable ASCII: it is written to logs
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if self._ACCEPTED.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class RequireKey:

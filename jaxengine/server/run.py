@@ -41,26 +41,39 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run_server(llm: AsyncLLM, settings: ServerSettings, sock: socket.socket, *, access_log: bool = False) -> int:
+def run_server(
+    llm: AsyncLLM, settings: ServerSettings, sock: socket.socket, *, uvicorn_log_level: str = "error"
+) -> int:
     """Serves until it is told to end.
 
     SIGTERM and SIGINT close the socket; requests in flight may finish until `settings.shutdown_timeout`, and then end
     with what they have and finish reason "abort". A second signal does not wait.
 
+    Args:
+        uvicorn_log_level: Of the HTTP server; from "info" on it logs every call.
+
     Returns:
         The exit code: 0, or 1 if the engine has died.
     """
+    tracer = None
+    if settings.otlp_traces_endpoint is not None:
+        from jaxengine.server.tracing import RequestTracer
+
+        tracer = RequestTracer.to_collector(settings.otlp_traces_endpoint, settings.served_model_names[0])
     config = uvicorn.Config(
-        make_app(llm, settings),
+        make_app(llm, settings, tracer),
         log_config=None,
-        log_level="info" if access_log else "error",
-        access_log=access_log,
+        log_level=uvicorn_log_level,
         lifespan="off",
         ws="none",
         timeout_graceful_shutdown=round(settings.shutdown_timeout) + CUT_SECONDS,
     )
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_serve(_Server(config), llm, settings, sock))
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            return runner.run(_serve(_Server(config), llm, settings, sock))
+    finally:
+        if tracer is not None:
+            tracer.close()
 
 
 class _Server(uvicorn.Server):

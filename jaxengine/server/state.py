@@ -12,6 +12,7 @@ from starlette.requests import Request
 from jaxengine.engine.async_llm import AsyncLLM
 from jaxengine.engine.chat import render_chat
 from jaxengine.server.errors import APIError
+from jaxengine.server.observe import Observer
 from jaxengine.server.parsing.answer import AnswerParser
 from jaxengine.server.parsing.reasoning import REASONING_STYLES, ReasoningParser
 from jaxengine.server.parsing.tool_calls import TOOL_PARSERS
@@ -35,6 +36,8 @@ class ServerSettings:
         chat_template: Jinja, instead of the model's own.
         trust_request_chat_template: Let requests bring templates, which are programs.
         response_store_size: Bytes of answers of /v1/responses to keep for later requests; the oldest go first.
+        log_requests: Whether a line of the log tells of every request that begins or ends.
+        otlp_traces_endpoint: URL to which OpenTelemetry spans of requests are sent; None: nowhere.
 
     Raises:
         ValueError: A value is out of range.
@@ -52,6 +55,8 @@ class ServerSettings:
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     response_store_size: int = 64 * 2**20
+    log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not all(self.api_keys):
@@ -72,15 +77,20 @@ class ServerSettings:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ValueError("enable_auto_tool_choice=True: needs tool_call_parser")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            accepted = "an http:// or https:// URL, as http://localhost:4318/v1/traces"
+            raise ValueError(f"otlp_traces_endpoint={endpoint!r}: expected {accepted} (OTLP over HTTP)")
 
 
 class ServerState:
     """The model behind the endpoints, and the count of what it is busy with."""
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings):
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, observer: Observer):
         self.llm = llm
         self.settings = settings
         self.responses = ResponseStore(settings.response_store_size)
+        self.observer = observer
         self._num_admitted = 0
 
     @classmethod

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -34,7 +37,8 @@ class Server:
 
     def __init__(self, model: Path, *arguments: str):
         command = [sys.executable, "-m", "jaxengine", "serve", str(model), "--port", "0", *ENGINE, *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | {"OTEL_BSP_SCHEDULE_DELAY": "100"}  # milliseconds; spans need not wait in tests
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -93,13 +97,67 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+class Collector(ThreadingHTTPServer):
+    """Takes OpenTelemetry's spans.
+
+    Attributes:
+        spans: What has come.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _TakeSpans)
+        self.spans: list[dict] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1/traces"
+
+
+class _TakeSpans(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            data = gzip.decompress(data)
+        assert isinstance(self.server, Collector)
+        for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
+            about = {item.key: item.value.string_value for item in resource.resource.attributes}
+            for span in [span for scope in resource.scope_spans for span in scope.spans]:
+                values = {item.key: item.value for item in span.attributes}
+                kinds = {name: value.WhichOneof("value") or "" for name, value in values.items()}
+                self.server.spans.append(
+                    {
+                        "name": span.name,
+                        "trace": span.trace_id.hex(),
+                        "parent": span.parent_span_id.hex(),
+                        "service": about["service.name"],
+                        "attributes": {name: getattr(value, kinds[name]) for name, value in values.items()},
+                    }
+                )
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="session")
-def servers(tiny) -> Iterator[tuple[Server, Server]]:
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        yield collector
+        collector.shutdown()
+
+
+@pytest.fixture(scope="session")
+def servers(tiny, collector) -> Iterator[tuple[Server, Server]]:
     limits = ("--max-queue", str(MAX_QUEUE), "--max-body-size", str(MAX_BODY_SIZE))
     first = Server(
         tiny,
         *("--api-key", "another", "--api-key", KEY, "--served-model-name", "tiny", "--served-model-name", "alias"),
         *limits,
+        *("--enable-log-requests", "--otlp-traces-endpoint", collector.url),
     )
     assert first.url  # what it compiles the second one finds in the cache
     second = Server(tiny, "--served-model-name", README_NAME, "--request-timeout", "1.5")
@@ -110,7 +168,7 @@ def servers(tiny) -> Iterator[tuple[Server, Server]]:
 
 @pytest.fixture(scope="session")
 def server(servers) -> Server:
-    """One with keys and limits."""
+    """One with keys and limits, which logs and traces requests."""
     return servers[0]
 
 

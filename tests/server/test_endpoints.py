@@ -227,6 +227,55 @@ def test_metrics_count(server, client):
     )
 
 
+# What vLLM's Grafana dashboards ask for; here the prefix is another.
+DASHBOARD = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "time_to_first_token_seconds_bucket",
+    "inter_token_latency_seconds_bucket",
+    "time_per_output_token_seconds_bucket",
+    "request_time_per_output_token_seconds_bucket",
+    "e2e_request_latency_seconds_bucket",
+    "request_queue_time_seconds_sum",
+    "request_prefill_time_seconds_sum",
+    "request_decode_time_seconds_sum",
+    "request_inference_time_seconds_bucket",
+    "request_prompt_tokens_bucket",
+    "request_generation_tokens_bucket",
+    "request_prefill_kv_computed_tokens_sum",
+    "iteration_tokens_total_bucket",
+    "request_success_total",
+]
+
+
+def test_dashboards_find_their_metrics(server, client):
+    before = server.metrics()
+    complete(client, n=2)
+    server.wait_until_idle()
+    after = server.metrics()
+    names = {name.partition("{")[0] for name in after}
+    assert {f"jaxengine:{name}" for name in DASHBOARD} <= names
+
+    def gained(name):
+        return after[f"jaxengine:{name}"] - before[f"jaxengine:{name}"]
+
+    assert gained("request_prompt_tokens_sum") == 10
+    assert gained("request_generation_tokens_sum") == 48
+    phases = {phase: gained(f"request_{phase}_time_seconds_sum") for phase in ("queue", "prefill", "decode")}
+    assert all(0 < seconds < 60 for seconds in phases.values()), phases
+    assert gained("request_inference_time_seconds_sum") == pytest.approx(phases["prefill"] + phases["decode"])
+    assert gained("request_time_per_output_token_seconds_count") == 2
+    # Both prompts and all tokens but the last of each are computed, and one of each past its end.
+    assert gained("iteration_tokens_total_sum") >= 10 + 2 * 23
+    assert gained("iteration_tokens_total_count") == gained("steps_total")
+
+
 def test_32_streams_at_once(server, client):
     expected = [complete(client, seed=seed).choices[0].text for seed in range(3)]
 
