@@ -8,7 +8,7 @@ import httpx
 import pytest
 from openai import BadRequestError, RateLimitError
 
-from tests.server.conftest import BEARER, MAX_BODY_SIZE, ROOM
+from tests.server.conftest import BEARER, KEY, MAX_BODY_SIZE, ROOM
 
 JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,12 +157,15 @@ def test_whoever_leaves_frees_the_pages(server, stream):
     assert after['jaxengine:request_success_total{finished_reason="abort",model_name="tiny"}'] >= 20
 
 
-def test_the_readme_snippet_runs(open_server, capsys):
+def test_the_readme_snippet_runs(server, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (snippet,) = [s for s in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "import OpenAI" in s]
-    assert "http://127.0.0.1:8000/v1" in snippet
+    here = {"http://127.0.0.1:8000": server.url, '"none"': f'"{KEY}"', '"smollm2-135m-instruct"': '"tiny"'}
+    for name, value in here.items():
+        assert name in snippet
+        snippet = snippet.replace(name, value)
     namespace: dict = {}
-    exec(snippet.replace("http://127.0.0.1:8000", open_server.url), namespace)
+    exec(snippet, namespace)
     namespace["client"].close()
     assert "chatcmpl" not in capsys.readouterr().out
 
