@@ -9,9 +9,11 @@ import numpy as np
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.runner.input_batch import needs_full_sampler
-from jaxengine.runner.model_runner import ModelRunner, StepHandle
+from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.step_handle import ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+from jaxengine.scheduler.shards import ShardedScheduler
 
 
 @dataclass
@@ -32,11 +34,11 @@ class EngineStats:
 class EngineCore:
     """Requests in, tokens out. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner):
+    def __init__(self, scheduler: ShardedScheduler, runner: ModelRunner):
         self.scheduler = scheduler
         self.runner = runner
         self.stats = EngineStats()
-        self._in_flight: tuple[ScheduledBatch, StepHandle] | None = None
+        self._in_flight: tuple[list[ScheduledBatch], StepHandle] | None = None
         self._num_full = 0  # unfinished requests that need the whole sampler
         self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
 
@@ -81,24 +83,28 @@ class EngineCore:
         """Ends the compiler threads and frees the device. Requests must have ended."""
         self.runner.close()
 
-    def _dispatch(self) -> tuple[ScheduledBatch, StepHandle] | None:
+    def _dispatch(self) -> tuple[list[ScheduledBatch], StepHandle] | None:
         if not self.scheduler.has_unfinished_requests():
             return None
-        batch = self.scheduler.schedule(self.runner.max_ready_tokens(full=self._num_full > 0))
-        if batch is None:
+        batches = self.scheduler.schedule(self.runner.max_ready_tokens(full=self._num_full > 0))
+        if batches is None:
             return None
         self.stats.num_steps += 1
         self.stats.num_prompt_tokens += sum(
-            s.num_new_tokens for s in batch.sequences if s.start < s.request.num_prompt_tokens
+            s.num_new_tokens for batch in batches for s in batch.sequences if s.start < s.request.num_prompt_tokens
         )
-        return batch, self.runner.execute(batch)
+        return batches, self.runner.execute(batches)
 
-    def _collect(self, batch: ScheduledBatch, handle: StepHandle) -> list[SampledUpdate]:
-        sampled, logprobs, prompt_logprobs = handle.result()
-        if prompt_logprobs is not None:
-            self._keep_prompt_logprobs(batch, handle.row_starts(), prompt_logprobs)
+    def _collect(self, batches: list[ScheduledBatch], handle: StepHandle) -> list[SampledUpdate]:
+        parts = zip(self.scheduler.shards, batches, handle.results(), strict=True)
+        return [update for part in parts for update in self._collect_shard(*part)]
+
+    def _collect_shard(self, scheduler: Scheduler, batch: ScheduledBatch, result: ShardResult) -> list[SampledUpdate]:
+        logprobs = result.logprobs
+        if result.prompt_logprobs is not None:
+            self._keep_prompt_logprobs(batch, result.row_starts, result.prompt_logprobs)
         updates = []
-        for update in self.scheduler.update(batch, sampled):
+        for update in scheduler.update(batch, result.sampled):
             request = update.request
             self.stats.num_generation_tokens += len(update.new_token_ids)
             num_logprobs = request.sampling_params.logprobs

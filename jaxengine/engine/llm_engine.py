@@ -51,7 +51,6 @@ class LLMEngine:
                 self.core.close()
                 raise
         self.config: EngineConfig = self.core.runner.config
-        self.kv_cache = self.core.scheduler.kv_cache
         self._front = EngineFront(self.core, args, self.checkpoint, self.tokenizer, self.config.limits)
         self.input_processor = self._front.input_processor
         self._num_requests = 0
@@ -138,7 +137,7 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False (and no change) while requests hold pages."""
-        return self.kv_cache.reset_prefix_cache()
+        return self.core.scheduler.reset_prefix_cache()
 
     def sleep(self, level: int = 1) -> None:
         """Frees device memory: level 1 keeps the weights on the host, level 2 drops them. The prefix cache is lost.

@@ -1,6 +1,7 @@
 """One step's inputs in one int32 buffer: one copy to the device a step."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -171,10 +172,32 @@ def order_rows(batch: ScheduledBatch) -> list[int]:
     return decodes + list(range(batch.num_decodes, len(batch.sequences)))
 
 
-def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: SlotTable) -> np.ndarray:
-    """Writes a scheduled batch into a fresh buffer, padded to the layout's bucket. Padding rows sample nothing."""
-    buffer = np.zeros(layout.size, np.int32)
-    views = layout.views(buffer)
+def pack(
+    batches: Sequence[ScheduledBatch], orders: Sequence[list[int]], layout: PackedLayout, tables: Sequence[SlotTable]
+) -> np.ndarray:
+    """Writes the batch of every shard into a fresh buffer, one after the other, each padded to the layout's bucket.
+
+    Args:
+        batches: One for each shard; may be empty.
+        orders: Of each batch: indices of its sequences in the order of their rows.
+        layout: Of one shard's part.
+        tables: The slots of each shard.
+
+    Returns:
+        i32[shards * layout.size].
+    """
+    buffer = np.zeros((len(batches), layout.size), np.int32)
+    for part, batch, order, slots in zip(buffer, batches, orders, tables, strict=True):
+        views = layout.views(part)
+        views["targets"][:] = -1
+        views["temperature"][len(order) :] = 1
+        if order:
+            _pack_one(batch, order, views, slots)
+    return buffer.reshape(-1)
+
+
+def _pack_one(batch: ScheduledBatch, order: list[int], views: dict[str, np.ndarray], slots: SlotTable) -> None:
+    """Fills the fields of one shard's batch, which are zero. Padding rows sample nothing."""
     sequences = [batch.sequences[i] for i in order]
     num_seqs, num_decodes = len(sequences), batch.num_decodes
     slot_ids = np.array([s.slot for s in sequences])
@@ -193,7 +216,6 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
         sequence, rows = sequences[i], slice(ends[i] - lengths[i], ends[i])
         token_ids[rows] = sequence.request.all_token_ids[sequence.start : sequence.start + sequence.num_new_tokens]
         positions[rows] = np.arange(sequence.start, sequence.start + sequence.num_new_tokens)
-    views["targets"][:] = -1
     for i, sequence in enumerate(sequences):
         if sequence.request.sampling_params.prompt_logprobs is not None:
             targets = sequence.request.prompt_token_ids[
@@ -217,5 +239,3 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
     features = views["features"][:num_seqs]
     features[outputs >= slots.min_tokens[slot_ids]] &= ~MIN_TOKENS
     features[~samples] = 0
-    views["temperature"][num_seqs:] = 1
-    return buffer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,11 @@ from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, needs_full_sampler, order_rows, pack
 from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
-from jaxengine.runner.steps import FlatModel, StepOutputs, make_step
-from jaxengine.sampling.logprobs import Logprobs
+from jaxengine.runner.step_handle import StepHandle, StepShape
+from jaxengine.runner.steps import FlatModel, make_step
 from jaxengine.sampling.sampler import USES_STATE, LogitsProcessor
 from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
-from jaxengine.scheduler.scheduler import ScheduledBatch
+from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
@@ -44,70 +44,12 @@ class StepKey(NamedTuple):
     processors: tuple[LogitsProcessor, ...] = ()
 
 
-class StepShape(NamedTuple):
-    """What decides which buckets hold a step."""
-
-    num_tokens: int
-    num_seqs: int
-    decode_only: bool
-
-    @classmethod
-    def of(cls, batch: ScheduledBatch) -> StepShape:
-        return cls(batch.num_tokens, len(batch.sequences), batch.decode_only)
-
-
-class StepHandle:
-    """A step under way. Its results are being copied to the host already."""
-
-    def __init__(self, outputs: StepOutputs, order: list[int], batch: ScheduledBatch):
-        self._outputs, self._order, self._batch = outputs, order, batch
-        wanted = [s.request.sampling_params for s in batch.sequences]
-        self._wants_logprobs = any(p.logprobs is not None for p in wanted)
-        self._wants_prompt_logprobs = any(p.prompt_logprobs is not None for p in wanted)
-        for array in jax.tree.leaves(self._needed()):
-            array.copy_to_host_async()
-
-    def _needed(self) -> StepOutputs:
-        return StepOutputs(
-            self._outputs.tokens,
-            self._outputs.logprobs if self._wants_logprobs else None,
-            self._outputs.prompt_logprobs if self._wants_prompt_logprobs else None,
-        )
-
-    def result(self) -> tuple[list[list[int]], Logprobs | None, Logprobs | None]:
-        """Waits for the step.
-
-        Returns:
-            Sampled tokens for each of the batch's sequences (none where it does not sample); log probabilities by
-            sequence; log probabilities of prompt tokens by row of the step, the sequences one after the other in the
-            order of the step, which `row_starts` gives.
-        """
-        tokens, logprobs, prompt_logprobs = jax.tree.map(np.asarray, self._needed())
-        inverse = np.argsort(self._order)
-        by_sequence = tokens[inverse].tolist()
-        sampled = [
-            [token] if sequence.samples else []
-            for token, sequence in zip(by_sequence, self._batch.sequences, strict=True)
-        ]
-        if logprobs is not None:
-            logprobs = Logprobs(*(x[inverse] for x in logprobs))
-        return sampled, logprobs, prompt_logprobs
-
-    def row_starts(self) -> list[int]:
-        """First row of each of the batch's sequences in the step."""
-        starts, row = [0] * len(self._order), 0
-        for index in self._order:
-            starts[index] = row
-            row += self._batch.sequences[index].num_new_tokens
-        return starts
-
-
 class ModelRunner:
     """Turns scheduled batches into tokens.
 
     Attributes:
-        num_pages: Pages of the KV cache.
-        mesh: Devices that share the model; None for the default device.
+        num_pages: Pages of the KV cache of each data-parallel shard.
+        mesh: The devices; None for the default device.
         buckets: Shapes of the steps, without (False) and with (True) the whole sampler.
     """
 
@@ -117,7 +59,7 @@ class ModelRunner:
         Args:
             model: The model without weights, as its class makes it without `rngs`.
             config: The engine's configuration.
-            mesh: Devices that share the model; None for the default device.
+            mesh: The devices; None for the default device.
         """
         self.config = config
         self.model_config = config.model
@@ -137,7 +79,10 @@ class ModelRunner:
         self.num_pages = config.num_pages or num_pages_that_fit(
             config, self._step_temporary_bytes if not self.is_cpu else None
         )
-        self._slots = SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
+        self._slots = [
+            SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
+            for _ in range(self._place.num_shards)
+        ]
         self._caches: list = []
         self._state: Any = None
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
@@ -168,7 +113,7 @@ class ModelRunner:
             list(map(abstract, self._flat.leaves, self._leaf_places)),
             jax.tree.map(lambda x: abstract(x, place.heads()), caches),
             self._abstract_state(),
-            jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=place.replicated()),
+            jax.ShapeDtypeStruct((place.num_shards * layout.size,), jnp.int32, sharding=place.shards()),
         )
 
     def _abstract_state(self) -> SamplingState:
@@ -182,7 +127,8 @@ class ModelRunner:
         places = {}
         if self._place.mesh is not None:  # what is donated must stay where it is
             carried = jax.tree.map(lambda x: x.sharding, args[1:3])
-            places["out_shardings"] = (*carried, None)
+            places["out_shardings"] = (*carried, self._place.shards())
+        step = self._place.of_every_shard(step, is_shared=(True, False, False, False))
         with self._place.context():
             return jax.jit(step, donate_argnums=(1, 2), **places).lower(*args)
 
@@ -201,9 +147,13 @@ class ModelRunner:
         row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
         values = SlotValues(*(getattr(row, name) for name in SlotValues._fields))
         values = jax.tree.map(lambda x: abstract(x, self._place.replicated()), values)
-        slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._place.replicated())
+        slots = jax.ShapeDtypeStruct((self._place.num_shards,), jnp.int32, sharding=self._place.shards())
         places = {} if self._place.mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, state)}
-        return jax.jit(set_slot, donate_argnums=0, **places).lower(state, slot, values).compile()
+        set_own_slot = self._place.of_every_shard(
+            lambda state, slots, values: set_slot(state, slots[0], values), is_shared=(False, False, True)
+        )
+        with self._place.context():
+            return jax.jit(set_own_slot, donate_argnums=0, **places).lower(state, slots, values).compile()
 
     def _compiler_options(self) -> dict[str, Any]:
         # On CPU, LLVM's level 1 compiles a 135M model's step in 2.5 s instead of 3.4 s, and the step is as fast: the
@@ -275,9 +225,9 @@ class ModelRunner:
     def _fitting(self, shape: StepShape, full: bool) -> list[Bucket]:
         return fitting(self.buckets[full], shape.num_tokens, shape.num_seqs, decode_only=shape.decode_only)
 
-    def _pick(self, batch: ScheduledBatch, full: bool) -> Bucket:
+    def _pick(self, shape: StepShape, full: bool) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
-        candidates = self._fitting(StepShape.of(batch), full)
+        candidates = self._fitting(shape, full)
         if self.config.warmup == "none":
             return candidates[0]
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
@@ -288,32 +238,36 @@ class ModelRunner:
 
     # Running
 
-    def execute(self, batch: ScheduledBatch) -> StepHandle:
-        """Dispatches a step and returns at once."""
+    def execute(self, batches: Sequence[ScheduledBatch]) -> StepHandle:
+        """Dispatches a step, which has a batch for each shard, and returns at once."""
         if self._leaves is None:
             raise RuntimeError("the engine sleeps: call wake_up() first")
-        for sequence in batch.sequences:
-            if sequence.new_in_slot:
-                self._take_slot(sequence)
-        full = any(needs_full_sampler(s.request.sampling_params) for s in batch.sequences)
-        bucket = self._pick(batch, full)
+        for shard, batch in enumerate(batches):
+            for sequence in batch.sequences:
+                if sequence.new_in_slot:
+                    self._take_slot(shard, sequence)
+        full = any(needs_full_sampler(s.request.sampling_params) for batch in batches for s in batch.sequences)
+        bucket = self._pick(StepShape.of(batches), full)
         step = self._compiler.get(StepKey(bucket, full, self._processors))
-        order = order_rows(batch)
-        packed = pack(batch, order, PackedLayout(bucket, self.table_width, self.config.attention_backend), self._slots)
+        orders = [order_rows(batch) for batch in batches]
+        layout = PackedLayout(bucket, self.table_width, self.config.attention_backend)
+        packed = pack(batches, orders, layout, self._slots)
         self._caches, self._state, outputs = step(self._leaves, self._caches, self._state, packed)
-        return StepHandle(outputs, order, batch)
+        return StepHandle(outputs, orders, batches)
 
-    def _take_slot(self, sequence) -> None:
+    def _take_slot(self, shard: int, sequence: ScheduledSequence) -> None:
         request = sequence.request
         params = request.sampling_params
         seed = params.seed
         if seed is None:  # the same for a request wherever and however often it runs
             seed = zlib.crc32(request.request_id.encode(), self.config.seed & 0xFFFFFFFF)
         processors = self._processor_bits(params.logits_processors or ())
-        if self._slots.take(sequence, seed, processors) & USES_STATE:
+        if self._slots[shard].take(sequence, seed, processors) & USES_STATE:
             set_slot_compiled = self._compiler.get("set_slot")
             values = slot_values(request, self._vocab_size)
-            self._state = set_slot_compiled(self._state, np.int32(sequence.slot), values)
+            slots = np.full(len(self._slots), self.config.scheduler.max_num_seqs, np.int32)  # out of range: none
+            slots[shard] = sequence.slot
+            self._state = set_slot_compiled(self._state, slots, values)
 
     def _processor_bits(self, processors) -> int:
         new = tuple(p for p in processors if p not in self._processors)
@@ -335,12 +289,12 @@ class ModelRunner:
     def _make_caches(self, num_pages: int) -> list[KVCache]:
         config, place = self.config, self._place
         num_caches = 1 if self._is_stacked else config.model.num_layers
-        num_pages = num_pages * config.model.num_layers // num_caches
+        num_pages = place.num_shards * num_pages * config.model.num_layers // num_caches
         where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
         return [make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)]
 
     def _make_state(self) -> SamplingState:
-        return make_sampling_state(self.config.scheduler.max_num_seqs, self._vocab_size)
+        return make_sampling_state(self._place.num_shards * self.config.scheduler.max_num_seqs, self._vocab_size)
 
     def _put(self, leaves: Iterable[Any]) -> list[jax.Array]:
         """Puts weights where they belong; those that are there stay."""
