@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 WARMUPS = ("background", "full", "lazy", "none")
 LOAD_FORMATS = ("auto", "dummy")
+EXECUTOR_BACKENDS = (None, "external_launcher")
 ATTENTION_BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 
 
@@ -36,6 +37,8 @@ class EngineArgs:
         tensor_parallel_size: Devices that share the model: heads, FFN columns and vocabulary.
         data_parallel_size: Copies of the model, each on devices of its own, that share the requests and step together.
             What follows, sizes and memory, holds for each of them.
+        distributed_executor_backend: "external_launcher": this script runs in several processes (torchrun, SLURM, ...),
+            which share the devices of all; None: in one.
         max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
         max_num_seqs: Requests running at once; None: 256, on CPU 64.
         max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
@@ -67,6 +70,7 @@ class EngineArgs:
     seed: int = 0
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -90,9 +94,10 @@ class EngineArgs:
             ("warmup", WARMUPS),
             ("load_format", LOAD_FORMATS),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("distributed_executor_backend", EXECUTOR_BACKENDS),
         ):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(accepted)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, accepted))}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be above 0 and at most 1")
         if self.block_size not in (8, 16, 32, 64, 128, 256):
@@ -131,6 +136,12 @@ class EngineArgs:
                 f"{shards}tensor_parallel_size={self.tensor_parallel_size} needs {num_devices} devices: there are "
                 f"{len(jax.devices())} ({jax.devices()[0].platform})"
             )
+        is_multiprocess = not is_planned and jax.process_count() > 1
+        if is_multiprocess and num_devices != len(jax.devices()):
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size} x tensor_parallel_size={self.tensor_parallel_size}: "
+                f"{jax.process_count()} processes must use all of their {len(jax.devices())} devices"
+            )
         model = ModelConfig.from_hf(checkpoint.config)
         model = dataclasses.replace(model, tensor_parallel_size=self.tensor_parallel_size)
         longest = model.max_position_embeddings
@@ -151,6 +162,10 @@ class EngineArgs:
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
         default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
+
+        # Which step runs must not depend on what one process has compiled already.
+        without_races = {"background": "full", "lazy": "none"}
+        warmup = without_races.get(self.warmup, self.warmup) if is_multiprocess else self.warmup
 
         def make(max_model_len: int) -> EngineConfig:
             return EngineConfig(
@@ -179,7 +194,7 @@ class EngineArgs:
                 max_logprobs=min(self.max_logprobs, model.vocab_size),
                 seed=self.seed,
                 logits_processors=tuple(self.logits_processors or ()),
-                warmup=self.warmup,  # pyright: ignore[reportArgumentType]  (checked above)
+                warmup=warmup,  # pyright: ignore[reportArgumentType]  (checked above)
             )
 
         if self.max_model_len is None and is_cpu and self.num_gpu_blocks_override is None:

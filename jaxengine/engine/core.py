@@ -14,6 +14,7 @@ from jaxengine.runner.step_handle import ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
 from jaxengine.scheduler.shards import ShardedScheduler
+from jaxengine.sharding.distributed import is_multiprocess
 
 
 @dataclass
@@ -48,6 +49,8 @@ class EngineCore:
         Raises:
             ValueError: See `Scheduler.add_request`.
         """
+        if is_multiprocess():
+            request.arrival_time = 0.0  # clocks differ: the order of adding breaks ties
         self.scheduler.add_request(request)
         self._num_full += needs_full_sampler(request.sampling_params)
 
@@ -69,9 +72,14 @@ class EngineCore:
         Returns:
             What requests gained; may be empty while prompts are computed.
         """
-        previous = self._in_flight or self._dispatch()
-        self._in_flight = self._dispatch() if self.scheduler.config.async_scheduling else None
-        return [] if previous is None else self._collect(*previous)
+        try:
+            previous = self._in_flight or self._dispatch()
+            self._in_flight = self._dispatch() if self.scheduler.config.async_scheduling else None
+            return [] if previous is None else self._collect(*previous)
+        except Exception as error:  # a broken connection can look like anything
+            if is_multiprocess():
+                raise RuntimeError("a step over several processes has failed: another may have died") from error
+            raise
 
     def drain(self) -> None:
         """Waits for the step in flight, whose requests have all ended."""

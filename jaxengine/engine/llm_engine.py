@@ -40,6 +40,10 @@ class LLMEngine:
         from jaxengine.runner.compiler import CompilationCounter
 
         self.args = args
+        if args.distributed_executor_backend is not None:
+            from jaxengine.sharding.distributed import initialize
+
+            initialize()
         self.compilations = CompilationCounter()
         self.checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         with ThreadPoolExecutor(1) as pool:

@@ -26,6 +26,7 @@ from jaxengine.runner.steps import FlatModel, make_step
 from jaxengine.sampling.sampler import USES_STATE, LogitsProcessor
 from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
 from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+from jaxengine.sharding.distributed import is_multiprocess, least_of_all_processes
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ class ModelRunner:
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._processors: tuple[LogitsProcessor, ...] = config.logits_processors
-        self.num_pages = config.num_pages or num_pages_that_fit(
-            config, self._step_temporary_bytes if not self.is_cpu else None
+        self.num_pages = config.num_pages or least_of_all_processes(
+            num_pages_that_fit(config, self._step_temporary_bytes if not self.is_cpu else None)
         )
         self._slots = [
             SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
@@ -127,7 +128,7 @@ class ModelRunner:
         places = {}
         if self._place.mesh is not None:  # what is donated must stay where it is
             carried = jax.tree.map(lambda x: x.sharding, args[1:3])
-            places["out_shardings"] = (*carried, self._place.shards())
+            places["out_shardings"] = (*carried, self._place.outputs())
         step = self._place.of_every_shard(step, is_shared=(True, False, False, False))
         with self._place.context():
             return jax.jit(step, donate_argnums=(1, 2), **places).lower(*args)
@@ -251,7 +252,7 @@ class ModelRunner:
         step = self._compiler.get(StepKey(bucket, full, self._processors))
         orders = [order_rows(batch) for batch in batches]
         layout = PackedLayout(bucket, self.table_width, self.config.attention_backend)
-        packed = pack(batches, orders, layout, self._slots)
+        packed = self._place.put(pack(batches, orders, layout, self._slots), self._place.shards())
         self._caches, self._state, outputs = step(self._leaves, self._caches, self._state, packed)
         return StepHandle(outputs, orders, batches)
 
@@ -264,10 +265,12 @@ class ModelRunner:
         processors = self._processor_bits(params.logits_processors or ())
         if self._slots[shard].take(sequence, seed, processors) & USES_STATE:
             set_slot_compiled = self._compiler.get("set_slot")
+            place = self._place
             values = slot_values(request, self._vocab_size)
+            values = jax.tree.map(lambda x: place.put(x, place.replicated()), values)
             slots = np.full(len(self._slots), self.config.scheduler.max_num_seqs, np.int32)  # out of range: none
             slots[shard] = sequence.slot
-            self._state = set_slot_compiled(self._state, slots, values)
+            self._state = set_slot_compiled(self._state, place.put(slots, place.shards()), values)
 
     def _processor_bits(self, processors) -> int:
         new = tuple(p for p in processors if p not in self._processors)
@@ -304,15 +307,18 @@ class ModelRunner:
 
     def _allocate(self) -> None:
         self._caches = self._make_caches(self.num_pages)
-        state = self._make_state()
-        if self._place.mesh is not None:
-            state = jax.device_put(state, self._place.sampling_state(state, self._vocab_size))
-        self._state = state
+        if self._place.mesh is None:
+            self._state = self._make_state()
+            return
+        places = jax.tree.map(lambda x: x.sharding, self._abstract_state())
+        self._state = jax.jit(self._make_state, out_shardings=places)()
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
         if self._leaves is None:
             return
+        if level == 1 and is_multiprocess():
+            raise ValueError("level=1: not over several processes; level=2 loads the weights anew")
         if level == 1:
             self._offloaded = jax.device_get(self._leaves)
         for array in jax.tree.leaves((self._leaves if not self.is_cpu else [], self._caches, self._state)):

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxengine.sharding.distributed import is_multiprocess
 from jaxengine.sharding.mesh import DATA, MODEL
 from jaxengine.sharding.rules import named_sharding
 
@@ -40,6 +42,16 @@ class Placement:
     def shards(self) -> NamedSharding | None:
         """Of what every shard has its own part of."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA))
+
+    def outputs(self) -> NamedSharding | None:
+        """Of what the host reads: every process reads everything."""
+        return self.replicated() if is_multiprocess() else self.shards()
+
+    def put(self, x: np.ndarray, sharding: NamedSharding | None) -> np.ndarray | jax.Array:
+        """Makes a host array, the same in all processes, an argument of a compiled function."""
+        if sharding is None or not is_multiprocess():
+            return x
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     def heads(self) -> NamedSharding | None:
         """Of pages, whose second axis is that of the heads."""

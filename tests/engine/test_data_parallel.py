@@ -26,7 +26,7 @@ ENGINE = {
     "skip_tokenizer_init": True,
     "max_model_len": 48,
     "max_num_seqs": 3,
-    "max_num_batched_tokens": 16,
+    "max_num_batched_tokens": 4,
     "block_size": PAGE,
     "num_gpu_blocks_override": NUM_PAGES,
     "warmup": "none",
