@@ -158,7 +158,7 @@ def answers(llm: LLM, is_sampled: bool) -> list[list[list[int]]]:
 
 
 def main(mode: str, data: int, size: int, is_sampled: bool) -> None:
-    given = {"data_parallel_size": data, "tensor_parallel_size": size}
+    given: dict[str, Any] = {"data_parallel_size": data, "tensor_parallel_size": size}
     with LLM(**ENGINE, **given, distributed_executor_backend="external_launcher") as llm:
         print(json.dumps(answers(llm, is_sampled)), flush=True)
         if mode == "run":

@@ -1,6 +1,7 @@
 """Requests spread over shards: where they go, and that none is lost and no page leaks."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ BLOCK = 4
 
 
 def make(num_shards: int, num_pages: int = 16, **config) -> ShardedScheduler:
-    fields = {"max_model_len": 32, "max_num_seqs": 4, "max_num_batched_tokens": 16} | config
+    fields: dict[str, Any] = {"max_model_len": 32, "max_num_seqs": 4, "max_num_batched_tokens": 16} | config
     limits = SchedulerConfig(**fields)
     return ShardedScheduler([Scheduler(limits, KVCacheManager(num_pages, BLOCK)) for _ in range(num_shards)])
 
