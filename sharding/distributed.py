@@ -15,10 +15,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxengine.sharding.process_group import MEET_SECONDS, ProcessGroup
+from jaxengine.sharding.process_group import ProcessGroup
 
 DEAD_SECONDS = 15
 """After how long JAX ends the processes whose peer has died."""
+START_SECONDS = 20
+"""After how long JAX gives up waiting for others; it takes some seconds more to end."""
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 
@@ -34,7 +36,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    seconds = {"heartbeat_timeout_seconds": DEAD_SECONDS, "initialization_timeout": int(MEET_SECONDS)}
+    seconds = {"heartbeat_timeout_seconds": DEAD_SECONDS, "initialization_timeout": START_SECONDS}
     given = [name for name in TORCHRUN if environment.get(name)]
     try:
         if not given:

@@ -65,7 +65,7 @@ def run(model: str, *cases: str) -> list[dict[str, Any]]:
 def test_shards_answer_as_one_engine(model, cases):
     one, *others = run(model, *cases)
     assert one["preemptions"] > 0
-    assert one["hits"] > 0
+    assert bool(one["hits"]) != ("sampled" in cases[0])  # prompt log probabilities read nothing from the cache
     for other in others:
         assert other["answers"] == one["answers"]
         assert other["steps"] < one["steps"]

@@ -113,7 +113,7 @@ def test_a_process_alone_gives_up(rank):
     code, _, err = finish(start(torchrun(rank, free_port()), "run", "1", "2"))
     assert code == 1
     assert ("ranks [1] of WORLD_SIZE=2 did not come" if rank == 0 else "rank 0 does not answer") in err
-    assert time.monotonic() - started < SECONDS_TO_END + 15  # Python starts slowly on a busy machine
+    assert time.monotonic() - started < 2 * SECONDS_TO_END  # Python starts slowly on a busy machine
 
 
 @pytest.mark.parametrize(
