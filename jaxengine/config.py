@@ -96,6 +96,7 @@ class EngineConfig:
         kv_cache_dtype: Dtype of cached keys and values.
         attention: What the attention op needs to know of the model; of one device's heads.
         attention_backend: Implementation of ragged paged attention.
+        data_parallel_size: Shards, each with its own scheduler, pages and prefix cache, that step together.
         block_size: Tokens of a page.
         num_pages: Pages of the KV cache; None sizes it from the memory.
         kv_cache_memory_bytes: Memory of the KV cache; None takes what is left on the device.
@@ -118,6 +119,7 @@ class EngineConfig:
     kv_cache_dtype: str
     attention: AttentionSpec
     attention_backend: str
+    data_parallel_size: int = 1
     block_size: int = 16
     num_pages: int | None = None
     kv_cache_memory_bytes: int | None = None
@@ -136,5 +138,5 @@ class EngineConfig:
             vocab_size=self.model.vocab_size,
             max_model_len=self.scheduler.max_model_len,
             max_logprobs=self.max_logprobs,
-            max_num_seqs=self.scheduler.max_num_seqs,
+            max_num_seqs=self.data_parallel_size * self.scheduler.max_num_seqs,
         )

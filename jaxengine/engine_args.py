@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 WARMUPS = ("background", "full", "lazy", "none")
 LOAD_FORMATS = ("auto", "dummy")
+EXECUTOR_BACKENDS = (None, "external_launcher")
 ATTENTION_BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 
 
@@ -34,6 +35,10 @@ class EngineArgs:
         attention_backend: "reference" (plain JAX), "mosaic_gpu" or "mosaic_tpu"; "auto": the platform's kernel.
         seed: Seed of requests that bring none.
         tensor_parallel_size: Devices that share the model: heads, FFN columns and vocabulary.
+        data_parallel_size: Copies of the model, each on devices of its own, that share the requests and step together.
+            What follows, sizes and memory, holds for each of them.
+        distributed_executor_backend: "external_launcher": this script runs in several processes (torchrun, SLURM, ...),
+            which share the devices of all; None: in one.
         max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
         max_num_seqs: Requests running at once; None: 256, on CPU 64.
         max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
@@ -64,6 +69,8 @@ class EngineArgs:
     attention_backend: str = "auto"
     seed: int = 0
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -87,15 +94,16 @@ class EngineArgs:
             ("warmup", WARMUPS),
             ("load_format", LOAD_FORMATS),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("distributed_executor_backend", EXECUTOR_BACKENDS),
         ):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(accepted)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, accepted))}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}: must be above 0 and at most 1")
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"block_size={self.block_size}: expected 8, 16, 32, 64, 128 or 256")
-        sizes = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
-        for name in (*sizes, "num_gpu_blocks_override"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override")
+        for name in ("tensor_parallel_size", "data_parallel_size", *sizes):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1, or None")
@@ -121,10 +129,18 @@ class EngineArgs:
 
         is_planned, platform = platform is not None, platform or jax.default_backend()
         is_cpu = platform == "cpu"
-        if not is_planned and self.tensor_parallel_size > len(jax.devices()):
+        num_devices = self.data_parallel_size * self.tensor_parallel_size
+        if not is_planned and num_devices > len(jax.devices()):
+            shards = f"data_parallel_size={self.data_parallel_size} x " if self.data_parallel_size > 1 else ""
             raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: there are {len(jax.devices())} devices "
-                f"({jax.devices()[0].platform})"
+                f"{shards}tensor_parallel_size={self.tensor_parallel_size} needs {num_devices} devices: there are "
+                f"{len(jax.devices())} ({jax.devices()[0].platform})"
+            )
+        is_multiprocess = not is_planned and jax.process_count() > 1
+        if is_multiprocess and num_devices != len(jax.devices()):
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size} x tensor_parallel_size={self.tensor_parallel_size}: "
+                f"{jax.process_count()} processes must use all of their {len(jax.devices())} devices"
             )
         model = ModelConfig.from_hf(checkpoint.config)
         model = dataclasses.replace(model, tensor_parallel_size=self.tensor_parallel_size)
@@ -147,6 +163,10 @@ class EngineArgs:
         max_model_len = self.max_model_len or longest
         default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
 
+        # Which step runs must not depend on what one process has compiled already.
+        without_races = {"background": "full", "lazy": "none"}
+        warmup = without_races.get(self.warmup, self.warmup) if is_multiprocess else self.warmup
+
         def make(max_model_len: int) -> EngineConfig:
             return EngineConfig(
                 model=dataclasses.replace(model, max_model_len=max_model_len),
@@ -165,6 +185,7 @@ class EngineArgs:
                 kv_cache_dtype=dtypes.kv_cache,
                 attention=attention,
                 attention_backend=backend,
+                data_parallel_size=self.data_parallel_size,
                 block_size=self.block_size,
                 num_pages=self.num_gpu_blocks_override,
                 kv_cache_memory_bytes=self.kv_cache_memory_bytes,
@@ -173,7 +194,7 @@ class EngineArgs:
                 max_logprobs=min(self.max_logprobs, model.vocab_size),
                 seed=self.seed,
                 logits_processors=tuple(self.logits_processors or ()),
-                warmup=self.warmup,  # pyright: ignore[reportArgumentType]  (checked above)
+                warmup=warmup,  # pyright: ignore[reportArgumentType]  (checked above)
             )
 
         if self.max_model_len is None and is_cpu and self.num_gpu_blocks_override is None:

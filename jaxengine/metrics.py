@@ -154,13 +154,13 @@ class RequestStats:
 
 def collect_metrics(core: EngineCore, num_compilations: int) -> list[Metric]:
     """The values of this moment."""
-    scheduler, cache, stats = core.scheduler, core.scheduler.kv_cache, core.stats
+    scheduler, stats = core.scheduler, core.stats
     return [
         Metric("jaxengine:num_requests_running", "gauge", scheduler.num_running),
         Metric("jaxengine:num_requests_waiting", "gauge", scheduler.num_waiting),
-        Metric("jaxengine:kv_cache_usage_perc", "gauge", cache.usage),
-        Metric("jaxengine:prefix_cache_queries", "counter", cache.prefix_queries),
-        Metric("jaxengine:prefix_cache_hits", "counter", cache.prefix_hits),
+        Metric("jaxengine:kv_cache_usage_perc", "gauge", scheduler.cache_usage),
+        Metric("jaxengine:prefix_cache_queries", "counter", scheduler.prefix_queries),
+        Metric("jaxengine:prefix_cache_hits", "counter", scheduler.prefix_hits),
         Metric("jaxengine:num_preemptions", "counter", scheduler.num_preemptions),
         Metric("jaxengine:prompt_tokens", "counter", stats.num_prompt_tokens),
         Metric("jaxengine:generation_tokens", "counter", stats.num_generation_tokens),

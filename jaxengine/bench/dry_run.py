@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxengine.bench.latency import DecodeWindow, run_steps
 from jaxengine.bench.throughput import request_params
 from jaxengine.bench.workloads import Workload
 from jaxengine.engine.core import EngineCore
 from jaxengine.kv_cache.manager import KVCacheManager
-from jaxengine.runner.model_runner import StepShape
+from jaxengine.runner.step_handle import ShardResult, StepShape
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+from jaxengine.scheduler.shards import ShardedScheduler
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
@@ -32,8 +34,13 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
     """
     engine = llm.llm_engine
     config, runner = engine.config, _Recorder()
-    cache = KVCacheManager(engine.kv_cache.num_pages, config.block_size, config.enable_prefix_caching)
-    core = EngineCore(Scheduler(config.scheduler, cache), runner)  # pyright: ignore[reportArgumentType]
+    num_pages = engine.core.runner.num_pages
+    caches = [
+        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching)
+        for _ in range(config.data_parallel_size)
+    ]
+    scheduler = ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])
+    core = EngineCore(scheduler, runner)  # pyright: ignore[reportArgumentType]
     for index, (prompt, output_len) in enumerate(workload.requests):
         params = request_params(output_len, detokenize=False)
         for request in engine.input_processor.process_one(str(index), prompt, params).children:
@@ -44,7 +51,7 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
             f"{workload.name}: {window.num_seqs} requests never decode {window.num_steps} tokens together with "
             f"max_model_len={config.scheduler.max_model_len}, max_num_seqs={config.scheduler.max_num_seqs}, "
             f"max_num_batched_tokens={config.scheduler.max_num_batched_tokens} and a KV cache of "
-            f"{cache.num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or output_len, or "
+            f"{num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or output_len, or "
             "raise what is too small"
         )
     return runner.shapes
@@ -59,13 +66,14 @@ class _Recorder:
     def max_ready_tokens(self) -> None:
         return None
 
-    def execute(self, batch: ScheduledBatch) -> _Zeros:
-        self.shapes.add(StepShape.of(batch))
-        return _Zeros([[0] if sequence.samples else [] for sequence in batch.sequences])
+    def execute(self, batches: Sequence[ScheduledBatch]) -> _Zeros:
+        self.shapes.add(StepShape.of(batches))
+        sampled = [[[0] if sequence.samples else [] for sequence in batch.sequences] for batch in batches]
+        return _Zeros([ShardResult(tokens, None, None, []) for tokens in sampled])
 
 
 class _Zeros(NamedTuple):
-    tokens: list[list[int]]
+    shards: list[ShardResult]
 
-    def result(self) -> tuple[list[list[int]], Any, Any]:
-        return self.tokens, None, None
+    def results(self) -> list[ShardResult]:
+        return self.shards

@@ -17,7 +17,7 @@ from jaxengine.bench.presets import GPU_DECODE_STEPS, GPU_UNITS, GpuRow
 from jaxengine.bench.profile import trace
 from jaxengine.bench.throughput import measure
 from jaxengine.bench.workloads import DEFAULT_VOCAB, Workload, mixed, uniform
-from jaxengine.runner.model_runner import StepShape
+from jaxengine.runner.step_handle import StepShape
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
@@ -153,9 +153,7 @@ class GpuPreset:
                 errors[row] = _text(error)
         num_shapes = len({key for needed in keys.values() for key in needed})
         compile_s = round(time.perf_counter() - started, 2)
-        self.engines.append(
-            about | {"compile_s": compile_s, "num_shapes": num_shapes, "num_pages": llm.llm_engine.kv_cache.num_pages}
-        )
+        self.engines.append(about | {"compile_s": compile_s, "num_shapes": num_shapes, "num_pages": runner.num_pages})
         return errors
 
     def _measure(self, llm: LLM, row: GpuRow) -> GpuRowResult:

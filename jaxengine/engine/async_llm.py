@@ -94,6 +94,8 @@ class AsyncLLM:
             ValueError: Any argument or file that is wrong.
             EngineDeadError: The process has failed for another reason.
         """
+        if args.distributed_executor_backend is not None:
+            raise ValueError("distributed_executor_backend: requests arrive in one process only; use LLM")
         if args.logits_processors:
             raise ValueError("logits_processors: functions cannot be sent to another process; use LLM")
         checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)

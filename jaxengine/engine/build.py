@@ -27,11 +27,12 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint) -> EngineCore:
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.model_runner import ModelRunner
     from jaxengine.scheduler.scheduler import Scheduler
+    from jaxengine.scheduler.shards import ShardedScheduler
     from jaxengine.sharding.mesh import make_mesh
 
     config = args.resolve(checkpoint)
-    size = config.model.tensor_parallel_size
-    mesh = make_mesh(model=size) if size > 1 else None
+    num_shards, size = config.data_parallel_size, config.model.tensor_parallel_size
+    mesh = make_mesh(num_shards, size) if num_shards * size > 1 else None
     with ThreadPoolExecutor(1) as pool:  # weights load while the first steps compile
         model = pool.submit(load_weights, args, checkpoint, config, mesh)
         runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config, mesh)
@@ -44,8 +45,10 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint) -> EngineCore:
         except BaseException:
             runner.close()
             raise
-    kv_cache = KVCacheManager(runner.num_pages, config.block_size, config.enable_prefix_caching)
-    return EngineCore(Scheduler(config.scheduler, kv_cache), runner)
+    caches = [
+        KVCacheManager(runner.num_pages, config.block_size, config.enable_prefix_caching) for _ in range(num_shards)
+    ]
+    return EngineCore(ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches]), runner)
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:

@@ -9,9 +9,12 @@ import numpy as np
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import STEP_TOKENS, Histogram
-from jaxengine.runner.model_runner import ModelRunner, StepHandle
+from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.step_handle import ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+from jaxengine.scheduler.shards import ShardedScheduler
+from jaxengine.sharding.distributed import is_multiprocess
 
 
 @dataclass
@@ -34,11 +37,11 @@ class EngineStats:
 class EngineCore:
     """Requests in, tokens out. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner):
+    def __init__(self, scheduler: ShardedScheduler, runner: ModelRunner):
         self.scheduler = scheduler
         self.runner = runner
         self.stats = EngineStats()
-        self._in_flight: tuple[ScheduledBatch, StepHandle] | None = None
+        self._in_flight: tuple[list[ScheduledBatch], StepHandle] | None = None
         self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
 
     def add_request(self, request: Request) -> None:
@@ -47,6 +50,8 @@ class EngineCore:
         Raises:
             ValueError: See `Scheduler.add_request`.
         """
+        if is_multiprocess():
+            request.arrival_time = 0.0  # clocks differ: the order of adding breaks ties
         self.scheduler.add_request(request)
 
     def finish_request(
@@ -67,9 +72,14 @@ class EngineCore:
         Returns:
             What requests gained; may be empty while prompts are computed.
         """
-        previous = self._in_flight or self._dispatch()
-        self._in_flight = self._dispatch() if self.scheduler.config.async_scheduling else None
-        return [] if previous is None else self._collect(*previous)
+        try:
+            previous = self._in_flight or self._dispatch()
+            self._in_flight = self._dispatch() if self.scheduler.config.async_scheduling else None
+            return [] if previous is None else self._collect(*previous)
+        except Exception as error:  # a broken connection can look like anything
+            if is_multiprocess():
+                raise RuntimeError("a step over several processes has failed: another may have died") from error
+            raise
 
     def drain(self) -> None:
         """Waits for the step in flight, whose requests have all ended."""
@@ -81,25 +91,29 @@ class EngineCore:
         """Ends the compiler threads and frees the device. Requests must have ended."""
         self.runner.close()
 
-    def _dispatch(self) -> tuple[ScheduledBatch, StepHandle] | None:
+    def _dispatch(self) -> tuple[list[ScheduledBatch], StepHandle] | None:
         if not self.scheduler.has_unfinished_requests():
             return None
-        batch = self.scheduler.schedule(self.runner.max_ready_tokens())
-        if batch is None:
+        batches = self.scheduler.schedule(self.runner.max_ready_tokens())
+        if batches is None:
             return None
         self.stats.num_steps += 1
-        self.stats.step_tokens.observe(batch.num_tokens)
+        self.stats.step_tokens.observe(sum(batch.num_tokens for batch in batches))
         self.stats.num_prompt_tokens += sum(
-            s.num_new_tokens for s in batch.sequences if s.start < s.request.num_prompt_tokens
+            s.num_new_tokens for batch in batches for s in batch.sequences if s.start < s.request.num_prompt_tokens
         )
-        return batch, self.runner.execute(batch)
+        return batches, self.runner.execute(batches)
 
-    def _collect(self, batch: ScheduledBatch, handle: StepHandle) -> list[SampledUpdate]:
-        sampled, logprobs, prompt_logprobs = handle.result()
-        if prompt_logprobs is not None:
-            self._keep_prompt_logprobs(batch, handle.row_starts(), prompt_logprobs)
+    def _collect(self, batches: list[ScheduledBatch], handle: StepHandle) -> list[SampledUpdate]:
+        parts = zip(self.scheduler.shards, batches, handle.results(), strict=True)
+        return [update for part in parts for update in self._collect_shard(*part)]
+
+    def _collect_shard(self, scheduler: Scheduler, batch: ScheduledBatch, result: ShardResult) -> list[SampledUpdate]:
+        logprobs = result.logprobs
+        if result.prompt_logprobs is not None:
+            self._keep_prompt_logprobs(batch, result.row_starts, result.prompt_logprobs)
         updates = []
-        for update in self.scheduler.update(batch, sampled):
+        for update in scheduler.update(batch, result.sampled):
             request = update.request
             self.stats.num_generation_tokens += len(update.new_token_ids)
             num_logprobs = request.sampling_params.logprobs

@@ -40,6 +40,10 @@ class LLMEngine:
         from jaxengine.runner.compiler import CompilationCounter
 
         self.args = args
+        if args.distributed_executor_backend is not None:
+            from jaxengine.sharding.distributed import initialize
+
+            initialize()
         self.compilations = CompilationCounter()
         self.checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         with ThreadPoolExecutor(1) as pool:
@@ -51,7 +55,6 @@ class LLMEngine:
                 self.core.close()
                 raise
         self.config: EngineConfig = self.core.runner.config
-        self.kv_cache = self.core.scheduler.kv_cache
         self._front = EngineFront(self.core, args, self.checkpoint, self.tokenizer, self.config.limits)
         self.input_processor = self._front.input_processor
         self._num_requests = 0
@@ -138,7 +141,7 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False (and no change) while requests hold pages."""
-        return self.kv_cache.reset_prefix_cache()
+        return self.core.scheduler.reset_prefix_cache()
 
     def sleep(self, level: int = 1) -> None:
         """Frees device memory: level 1 keeps the weights on the host, level 2 drops them. The prefix cache is lost.

@@ -109,14 +109,15 @@ def make_plan(
     Args:
         config: The engine, resolved for the target's platform, with `PLACEHOLDER_PAGES`.
         target: The target's name.
-        devices: Of the target; the first `tensor_parallel_size` of them share the model.
+        devices: Of the target; the first `tensor_parallel_size` of them share the model. Of data-parallel shards each
+            is as the first.
         chip: What one of them can do.
         context: Tokens of each sequence, for the rooflines.
         every_step: All step shapes; else the smallest and the largest of decodes, and the largest of prompts.
         progress: Is told what is being compiled.
 
     Raises:
-        ValueError: There are fewer devices than `tensor_parallel_size`.
+        ValueError: There are fewer devices than it takes.
     """
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.memory import page_bytes
@@ -124,11 +125,12 @@ def make_plan(
     from jaxengine.sampling.sampler import EVERY_FEATURE
     from jaxengine.sharding.mesh import make_mesh
 
-    size = config.model.tensor_parallel_size
-    if size > len(devices):
-        raise ValueError(f"tensor_parallel_size={size}: {target} has {len(devices)} devices")
+    num_shards, size = config.data_parallel_size, config.model.tensor_parallel_size
+    if num_shards * size > len(devices):
+        shards = f"data_parallel_size={num_shards} x " if num_shards > 1 else ""
+        raise ValueError(f"{shards}tensor_parallel_size={size}: {target} has {len(devices)} devices")
     model = abstract_model(config.model, config.dtype, config.weight_dtype)
-    runner = ModelRunner(model, config, make_mesh(model=size, devices=devices))
+    runner = ModelRunner(model, config, make_mesh(num_shards, size, devices=devices))
     try:
         plan = Plan(
             target=target,

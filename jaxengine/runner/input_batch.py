@@ -1,6 +1,7 @@
 """One step's inputs in one int32 buffer: one copy to the device a step."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,15 +67,17 @@ class RowLayout(_Layout):
 
     def __init__(self, num_seqs: int):
         super().__init__(dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, (num_seqs,)))
+        self.num_seqs = num_seqs
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """The fields as writable views of a host buffer."""
         fields = self.fields(buffer)
         return fields | {name: fields[name].view(np.float32) for name in FLOAT_FIELDS}
 
-    def wanted_features(self, buffer: np.ndarray) -> int:
-        """All features that some row asks for."""
-        return int(np.bitwise_or.reduce(self.fields(buffer)["features"]))
+    def wanted_features(self, rows: np.ndarray) -> int:
+        """All features that some row of some shard asks for."""
+        parts = rows.reshape(-1, self.size)
+        return int(np.bitwise_or.reduce([np.bitwise_or.reduce(self.fields(part)["features"]) for part in parts]))
 
     def unpack(self, packed: jax.Array) -> SamplingRows:
         """The fields on the device; runs inside a step."""
@@ -108,6 +111,10 @@ class PackedLayout(_Layout):
         self.rows_start = self.size
         self.rows = RowLayout(num_seqs)
         self.size += self.rows.size
+
+    def rows_of(self, packed: np.ndarray) -> np.ndarray:
+        """The sampler's part of every shard's buffer, one after the other."""
+        return packed.reshape(-1, self.size)[:, self.rows_start :].reshape(-1)
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """All fields as writable views of a host buffer."""
@@ -197,10 +204,31 @@ def order_rows(batch: ScheduledBatch) -> list[int]:
     return decodes + list(range(batch.num_decodes, len(batch.sequences)))
 
 
-def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: SlotTable) -> np.ndarray:
-    """Writes a scheduled batch into a fresh buffer, padded to the layout's bucket. Padding rows sample nothing."""
-    buffer = np.zeros(layout.size, np.int32)
-    views = layout.views(buffer)
+def pack(
+    batches: Sequence[ScheduledBatch], orders: Sequence[list[int]], layout: PackedLayout, tables: Sequence[SlotTable]
+) -> np.ndarray:
+    """Writes the batch of every shard into a fresh buffer, one after the other, each padded to the layout's bucket.
+
+    Args:
+        batches: One for each shard; may be empty.
+        orders: Of each batch: indices of its sequences in the order of their rows.
+        layout: Of one shard's part.
+        tables: The slots of each shard.
+
+    Returns:
+        i32[shards * layout.size].
+    """
+    buffer = np.zeros((len(batches), layout.size), np.int32)
+    for part, batch, order, slots in zip(buffer, batches, orders, tables, strict=True):
+        views = layout.views(part)
+        views["temperature"][len(order) :] = 1
+        if order:
+            _pack_one(batch, order, views, slots)
+    return buffer.reshape(-1)
+
+
+def _pack_one(batch: ScheduledBatch, order: list[int], views: dict[str, np.ndarray], slots: SlotTable) -> None:
+    """Fills the fields of one shard's batch, which are zero. Padding rows sample nothing."""
     sequences = [batch.sequences[i] for i in order]
     num_seqs, num_decodes = len(sequences), batch.num_decodes
     slot_ids = np.array([s.slot for s in sequences])
@@ -236,18 +264,21 @@ def pack(batch: ScheduledBatch, order: list[int], layout: PackedLayout, slots: S
     features = views["features"][:num_seqs]
     features[outputs >= slots.min_tokens[slot_ids]] &= ~MIN_TOKENS
     features[~samples] = 0
-    views["temperature"][num_seqs:] = 1
-    return buffer
 
 
-def prompt_targets(batch: ScheduledBatch, order: list[int], num_tokens: int) -> np.ndarray | None:
-    """i32[T], the prompt token after each row of sequences that ask for its log probability; None if none does."""
-    if all(sequence.request.sampling_params.prompt_logprobs is None for sequence in batch.sequences):
+def prompt_targets(
+    batches: Sequence[ScheduledBatch], orders: Sequence[list[int]], num_tokens: int
+) -> np.ndarray | None:
+    """i32[shards * T], the prompt token after each row of sequences that ask for its log probability, if any does."""
+    wanted = [s.request.sampling_params.prompt_logprobs for batch in batches for s in batch.sequences]
+    if all(number is None for number in wanted):
         return None
-    targets, row = np.zeros(num_tokens, np.int32), 0
-    for sequence in (batch.sequences[i] for i in order):
-        after = sequence.start + 1
-        tokens = sequence.request.prompt_token_ids[after : after + sequence.num_new_tokens]
-        targets[row : row + len(tokens)] = tokens
-        row += sequence.num_new_tokens
-    return targets
+    targets = np.zeros((len(batches), num_tokens), np.int32)
+    for part, batch, order in zip(targets, batches, orders, strict=True):
+        row = 0
+        for sequence in (batch.sequences[i] for i in order):
+            after = sequence.start + 1
+            tokens = sequence.request.prompt_token_ids[after : after + sequence.num_new_tokens]
+            part[row : row + len(tokens)] = tokens
+            row += sequence.num_new_tokens
+    return targets.reshape(-1)

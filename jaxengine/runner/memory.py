@@ -49,7 +49,7 @@ def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | Non
 
 
 def _free_device_bytes(config: EngineConfig, step_bytes: int) -> int:
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
     free = int(limit * config.gpu_memory_utilization) - used - step_bytes
     logger.info(

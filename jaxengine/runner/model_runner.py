@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import os
 import zlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
@@ -23,11 +24,13 @@ from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, RowLayout, SlotTable, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
+from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
 from jaxengine.runner.steps import FlatModel, ForwardOutputs, make_forward, make_prompt_logprobs, make_sampler
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, LOGPROBS, USES_STATE, LogitsProcessor, feature_set
 from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
-from jaxengine.scheduler.scheduler import ScheduledBatch
+from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+from jaxengine.sharding.distributed import is_multiprocess, least_of_all_processes
 
 logger = logging.getLogger(__name__)
 
@@ -63,74 +66,12 @@ class SetSlotKey:
 ProgramKey = Bucket | SamplerKey | PromptLogprobsKey | SetSlotKey
 
 
-class StepShape(NamedTuple):
-    """What decides which buckets hold a step."""
-
-    num_tokens: int
-    num_seqs: int
-    decode_only: bool
-
-    @classmethod
-    def of(cls, batch: ScheduledBatch) -> StepShape:
-        return cls(batch.num_tokens, len(batch.sequences), batch.decode_only)
-
-
-class StepOutputs(NamedTuple):
-    """What a step returns to the host.
-
-    Attributes:
-        tokens: i32[S].
-        logprobs: of the sampled tokens, if a request asks for any.
-        prompt_logprobs: of the prompts' tokens, one row a token, if a request asks for any.
-    """
-
-    tokens: jax.Array
-    logprobs: Logprobs | None
-    prompt_logprobs: Logprobs | None
-
-
-class StepHandle:
-    """A step under way. Its results are being copied to the host already."""
-
-    def __init__(self, outputs: StepOutputs, order: list[int], batch: ScheduledBatch):
-        self._outputs, self._order, self._batch = outputs, order, batch
-        for array in jax.tree.leaves(outputs):
-            array.copy_to_host_async()
-
-    def result(self) -> tuple[list[list[int]], Logprobs | None, Logprobs | None]:
-        """Waits for the step.
-
-        Returns:
-            Sampled tokens for each of the batch's sequences (none where it does not sample); log probabilities by
-            sequence; log probabilities of prompt tokens by row of the step, the sequences one after the other in the
-            order of the step, which `row_starts` gives.
-        """
-        tokens, logprobs, prompt_logprobs = jax.tree.map(np.asarray, self._outputs)
-        inverse = np.argsort(self._order)
-        by_sequence = tokens[inverse].tolist()
-        sampled = [
-            [token] if sequence.samples else []
-            for token, sequence in zip(by_sequence, self._batch.sequences, strict=True)
-        ]
-        if logprobs is not None:
-            logprobs = Logprobs(*(x[inverse] for x in logprobs))
-        return sampled, logprobs, prompt_logprobs
-
-    def row_starts(self) -> list[int]:
-        """First row of each of the batch's sequences in the step."""
-        starts, row = [0] * len(self._order), 0
-        for index in self._order:
-            starts[index] = row
-            row += self._batch.sequences[index].num_new_tokens
-        return starts
-
-
 class ModelRunner:
     """Turns scheduled batches into tokens.
 
     Attributes:
-        num_pages: Pages of the KV cache.
-        mesh: Devices that share the model; None for the default device.
+        num_pages: Pages of the KV cache of each data-parallel shard.
+        mesh: The devices; None for the default device.
         buckets: Shapes of the steps.
     """
 
@@ -140,7 +81,7 @@ class ModelRunner:
         Args:
             model: The model without weights, as its class makes it without `rngs`.
             config: The engine's configuration.
-            mesh: Devices that share the model; None for the default device.
+            mesh: The devices; None for the default device.
         """
         self.config = config
         self.model_config = config.model
@@ -159,10 +100,13 @@ class ModelRunner:
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._processors: tuple[LogitsProcessor, ...] = config.logits_processors
-        self.num_pages = config.num_pages or num_pages_that_fit(
-            config, self._bytes_beside_cache if not self.is_cpu else None
+        self.num_pages = config.num_pages or least_of_all_processes(
+            num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None)
         )
-        self._slots = SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
+        self._slots = [
+            SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
+            for _ in range(self._place.num_shards)
+        ]
         self._caches: list = []
         self._state: Any = None
         self._last_token: Any = None
@@ -195,55 +139,54 @@ class ModelRunner:
 
     def _lower(self, key: ProgramKey, num_pages: int) -> jax.stages.Lowered:
         place, num_top = self._place, self.config.max_logprobs
-        replicated = place.replicated()
         leaves = list(map(abstract, self._flat.leaves, self._leaf_places))
         state, last_token = self._abstract_state()
+        logits_place, hidden_place, outputs = place.columns(self._vocab_size), place.shards(), place.outputs()
+        shared: tuple[int, ...]  # arguments that all shards have in common
         donated: tuple[int, ...]
         out_shardings: Any  # what is carried must stay where it is
         match key:
             case Bucket():
                 layout = self._layouts[key]
-                function, donated = make_forward(self._flat, layout), (1, 2)
+                function, shared, donated = make_forward(self._flat, layout), (0,), (1, 2)
                 caches = jax.eval_shape(lambda: self._make_caches(num_pages))
                 caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
-                args = leaves, caches, last_token, self._int32(layout.size)
-                outputs = replicated, place.columns(self._vocab_size), replicated
+                args = leaves, caches, last_token, self._own((layout.size,))
                 carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
-                out_shardings = *carried, ForwardOutputs._make(outputs)
+                out_shardings = *carried, ForwardOutputs._make((outputs, logits_place, hidden_place))
             case SamplerKey(num_seqs, features, processors):
-                rows = RowLayout(num_seqs)
-                function, donated = (
-                    make_sampler(rows, features=features, processors=processors, num_top=num_top),
-                    (0, 1),
-                )
-                logits = jax.ShapeDtypeStruct((num_seqs, self._vocab_size), jnp.float32)
-                logits = abstract(logits, place.columns(self._vocab_size))
-                state = state if features == EVERY_FEATURE else None
-                args = state, last_token, logits, self._int32(rows.size)
-                logprobs = replicated if features == EVERY_FEATURE else None
-                out_shardings = (*jax.tree.map(lambda x: x.sharding, args[:2]), replicated, logprobs)
+                rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
+                function = make_sampler(rows, features=features, processors=processors, num_top=num_top)
+                logits = abstract(self._own((num_seqs, self._vocab_size), jnp.float32), logits_place)
+                args = (state if features == EVERY_FEATURE else None), last_token, logits, self._own((rows.size,))
+                logprobs = outputs if features == EVERY_FEATURE else None
+                out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), outputs, logprobs
             case PromptLogprobsKey(num_tokens):
-                function, donated = make_prompt_logprobs(self._flat, num_top), ()
-                hidden = jax.ShapeDtypeStruct((num_tokens, self.model_config.hidden_size), self.config.dtype)
-                args = leaves, abstract(hidden, replicated), self._int32(num_tokens)
-                out_shardings = replicated
+                function, shared, donated = make_prompt_logprobs(self._flat, num_top), (0,), ()
+                hidden = self._own((num_tokens, self.model_config.hidden_size), self.config.dtype)
+                args = leaves, hidden, self._own((num_tokens,))
+                out_shardings = outputs
             case SetSlotKey():
-                function, donated = set_slot, (0,)
-                row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=replicated), state)
-                values = SlotValues(*(getattr(row, name) for name in SlotValues._fields))
-                args = state, abstract(jax.ShapeDtypeStruct((), jnp.int32), replicated), values
+                function, shared, donated = _set_own_slot, (2,), (0,)
+                values = SlotValues(*(getattr(state, name) for name in SlotValues._fields))
+                values = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), values)
+                values = jax.tree.map(lambda x: abstract(x, place.replicated()), values)
+                args = state, self._own((1,)), values
                 out_shardings = jax.tree.map(lambda x: x.sharding, state)
+        function = place.of_every_shard(function, [i in shared for i in range(len(args))])
         places = {} if place.mesh is None else {"out_shardings": out_shardings}
         with place.context():
             return jax.jit(function, donate_argnums=donated, **places).lower(*args)
 
-    def _int32(self, size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self._place.replicated())
+    def _own(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+        """What every shard has so much of, one part after the other."""
+        shape = (self._place.num_shards * shape[0], *shape[1:])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place.shards())
 
     def _abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
         state = jax.eval_shape(self._make_state)
         state = jax.tree.map(abstract, state, self._place.sampling_state(state, self._vocab_size))
-        return state, self._int32(self.config.scheduler.max_num_seqs)
+        return state, self._own((self.config.scheduler.max_num_seqs,))
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
@@ -319,9 +262,9 @@ class ModelRunner:
     def _fitting(self, shape: StepShape) -> list[Bucket]:
         return fitting(self.buckets, shape.num_tokens, shape.num_seqs, decode_only=shape.decode_only)
 
-    def _pick(self, batch: ScheduledBatch) -> Bucket:
+    def _pick(self, shape: StepShape) -> Bucket:
         """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
-        candidates = self._fitting(StepShape.of(batch))
+        candidates = self._fitting(shape)
         if self.config.warmup == "none":
             return candidates[0]
         limit = MAX_STRETCH * max(candidates[0].num_tokens, 16)
@@ -332,52 +275,62 @@ class ModelRunner:
 
     # Running
 
-    def execute(self, batch: ScheduledBatch) -> StepHandle:
-        """Dispatches a step and returns at once."""
+    def execute(self, batches: Sequence[ScheduledBatch]) -> StepHandle:
+        """Dispatches a step, which has a batch for each shard, and returns at once."""
         if self._leaves is None:
             raise RuntimeError("the engine sleeps: call wake_up() first")
-        for sequence in batch.sequences:
-            if sequence.new_in_slot:
-                self._take_slot(sequence)
-        bucket, order = self._pick(batch), order_rows(batch)
+        for shard, batch in enumerate(batches):
+            for sequence in batch.sequences:
+                if sequence.new_in_slot:
+                    self._take_slot(shard, sequence)
+        bucket, orders = self._pick(StepShape.of(batches)), [order_rows(batch) for batch in batches]
         layout = self._layouts[bucket]
-        packed = pack(batch, order, layout, self._slots)
+        packed = pack(batches, orders, layout, self._slots)
         forward = self._compiler.get(bucket)
-        self._caches, self._last_token, outputs = forward(self._leaves, self._caches, self._last_token, packed)
-        rows = packed[layout.rows_start :]
-        tokens, logprobs = self._sample(outputs, bucket.num_seqs, rows, layout.rows.wanted_features(rows))
-        prompt_logprobs, targets = None, prompt_targets(batch, order, bucket.num_tokens)
+        args = self._leaves, self._caches, self._last_token, self._put_own(packed)
+        self._caches, self._last_token, outputs = forward(*args)
+        tokens, logprobs = self._sample(outputs, layout.rows, layout.rows_of(packed))
+        prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
-            prompt_logprobs = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))(
-                self._leaves, outputs.hidden, targets
-            )
-        return StepHandle(StepOutputs(tokens, logprobs, prompt_logprobs), order, batch)
+            compute = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))
+            prompt_logprobs = compute(self._leaves, outputs.hidden, self._put_own(targets))
+        return StepHandle(StepOutputs(tokens, logprobs, prompt_logprobs), orders, batches)
 
     def _sample(
-        self, outputs: ForwardOutputs, num_seqs: int, rows: np.ndarray, wanted: int
+        self, outputs: ForwardOutputs, layout: RowLayout, rows: np.ndarray
     ) -> tuple[jax.Array, Logprobs | None]:
         """The tokens, and their log probabilities if a row asks for them."""
+        wanted = layout.wanted_features(rows)
         if not wanted:
             return outputs.tokens, None
         features = feature_set(wanted)
-        sampler = self._compiler.get(SamplerKey(num_seqs, features, self._processors))
+        sampler = self._compiler.get(SamplerKey(layout.num_seqs, features, self._processors))
         state = self._state if features == EVERY_FEATURE else None
-        state, self._last_token, tokens, logprobs = sampler(state, self._last_token, outputs.logits, rows)
+        args = state, self._last_token, outputs.logits, self._put_own(rows)
+        state, self._last_token, tokens, logprobs = sampler(*args)
         if features == EVERY_FEATURE:
             self._state = state
         return tokens, logprobs if wanted & LOGPROBS else None
 
-    def _take_slot(self, sequence) -> None:
+    def _put_own(self, x: np.ndarray) -> np.ndarray | jax.Array:
+        """An argument whose first axis the shards share out."""
+        return self._place.put(x, self._place.shards())
+
+    def _take_slot(self, shard: int, sequence: ScheduledSequence) -> None:
         request = sequence.request
         params = request.sampling_params
         seed = params.seed
         if seed is None:  # the same for a request wherever and however often it runs
             seed = zlib.crc32(request.request_id.encode(), self.config.seed & 0xFFFFFFFF)
         processors = self._processor_bits(params.logits_processors or ())
-        if self._slots.take(sequence, seed, processors) & USES_STATE:
+        if self._slots[shard].take(sequence, seed, processors) & USES_STATE:
             set_slot_compiled = self._compiler.get(SetSlotKey())
+            place = self._place
             values = slot_values(request, self._vocab_size)
-            self._state = set_slot_compiled(self._state, np.int32(sequence.slot), values)
+            values = jax.tree.map(lambda x: place.put(x, place.replicated()), values)
+            slots = np.full(len(self._slots), self.config.scheduler.max_num_seqs, np.int32)  # out of range: none
+            slots[shard] = sequence.slot
+            self._state = set_slot_compiled(self._state, place.put(slots, place.shards()), values)
 
     def _processor_bits(self, processors) -> int:
         new = tuple(p for p in processors if p not in self._processors)
@@ -399,12 +352,12 @@ class ModelRunner:
     def _make_caches(self, num_pages: int) -> list[KVCache]:
         config, place = self.config, self._place
         num_caches = 1 if self._is_stacked else config.model.num_layers
-        num_pages = num_pages * config.model.num_layers // num_caches
+        num_pages = place.num_shards * num_pages * config.model.num_layers // num_caches
         where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
         return [make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)]
 
     def _make_state(self) -> SamplingState:
-        return make_sampling_state(self.config.scheduler.max_num_seqs, self._vocab_size)
+        return make_sampling_state(self._place.num_shards * self.config.scheduler.max_num_seqs, self._vocab_size)
 
     def _put(self, leaves: Iterable[Any]) -> list[jax.Array]:
         """Puts weights where they belong; those that are there stay."""
@@ -414,16 +367,17 @@ class ModelRunner:
 
     def _allocate(self) -> None:
         self._caches = self._make_caches(self.num_pages)
-        state, last_token = self._make_state(), jnp.zeros(self.config.scheduler.max_num_seqs, jnp.int32)
-        if self._place.mesh is not None:
-            state = jax.device_put(state, self._place.sampling_state(state, self._vocab_size))
-            last_token = jax.device_put(last_token, self._place.replicated())
-        self._state, self._last_token = state, last_token
+        state, last_token = self._abstract_state()
+        places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self._place.mesh is not None else None
+        make = jax.jit(lambda: (self._make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places)
+        self._state, self._last_token = make()
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
         if self._leaves is None:
             return
+        if level == 1 and is_multiprocess():
+            raise ValueError("level=1: not over several processes; level=2 loads the weights anew")
         if level == 1:
             self._offloaded = jax.device_get(self._leaves)
         weights = self._leaves if not self.is_cpu else []  # device_get shares memory there
@@ -463,3 +417,8 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
     if memory is None:
         raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
     return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+
+
+def _set_own_slot(state: SamplingState, slots: jax.Array, values: SlotValues) -> SamplingState:
+    """`set_slot` with a shard's own slot, i32[1]."""
+    return set_slot(state, slots[0], values)

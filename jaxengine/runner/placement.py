@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxengine.sharding.mesh import MODEL
+from jaxengine.sharding.distributed import is_multiprocess
+from jaxengine.sharding.mesh import DATA, MODEL
 from jaxengine.sharding.rules import named_sharding
 
 
 class Placement:
-    """The sharding of every array that a step reads or writes; None stands for the default device."""
+    """The sharding of every array that a step reads or writes; None stands for the default device.
+
+    Data-parallel shards hold the same parameters, and each its part of the first axis of everything else.
+
+    Attributes:
+        mesh: The devices; None for the default one.
+        size: Devices that share the model.
+        num_shards: Data-parallel shards.
+    """
 
     def __init__(self, mesh: Mesh | None):
         self.mesh = mesh
         self.size = 1 if mesh is None else mesh.shape[MODEL]
+        self.num_shards = 1 if mesh is None else mesh.shape[DATA]
 
     def context(self) -> contextlib.AbstractContextManager:
         """What tracing needs around it."""
@@ -27,9 +39,38 @@ class Placement:
     def replicated(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
+    def shards(self) -> NamedSharding | None:
+        """Of what every shard has its own part of."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA))
+
+    def outputs(self) -> NamedSharding | None:
+        """Of what the host reads: every process reads everything."""
+        return self.replicated() if is_multiprocess() else self.shards()
+
+    def put(self, x: np.ndarray, sharding: NamedSharding | None) -> np.ndarray | jax.Array:
+        """Makes a host array, the same in all processes, an argument of a compiled function."""
+        if sharding is None or not is_multiprocess():
+            return x
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
     def heads(self) -> NamedSharding | None:
         """Of pages, whose second axis is that of the heads."""
-        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(None, MODEL))
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA, MODEL))
+
+    def of_every_shard(self, function: Callable[..., Any], is_shared: Sequence[bool]) -> Callable[..., Any]:
+        """Makes a function of one shard's arrays one of all shards', each by itself; to be traced in `context()`.
+
+        The devices that share the model are left to the compiler, as in the function alone.
+
+        Args:
+            function: Its arguments and results have a first axis that the shards share out.
+            is_shared: Of each argument: whether it is the same for all shards instead.
+        """
+        if self.num_shards == 1:
+            return function
+        own = PartitionSpec(DATA)
+        specs = tuple(PartitionSpec() if shared else own for shared in is_shared)
+        return jax.shard_map(function, in_specs=specs, out_specs=own, axis_names={DATA}, check_vma=False)
 
     def parameters(self, state: nnx.State) -> list[NamedSharding | None]:
         """Of a model's parameters, in the order of their leaves."""
@@ -47,15 +88,15 @@ class Placement:
     def columns(self, num_columns: int) -> NamedSharding | None:
         """Of what has a column for every token: where that token's logits are."""
         if self.mesh is None or num_columns % self.size:
-            return self.replicated()
-        return NamedSharding(self.mesh, PartitionSpec(None, MODEL))
+            return self.shards()
+        return NamedSharding(self.mesh, PartitionSpec(DATA, MODEL))
 
     def sampling_state(self, state: Any, vocab_size: int) -> Any:
         """Of the sampling state."""
 
         def of(x: jax.ShapeDtypeStruct) -> NamedSharding | None:
             has_column_per_token = len(x.shape) == 2 and x.shape[-1] == vocab_size
-            return self.columns(vocab_size) if has_column_per_token else self.replicated()
+            return self.columns(vocab_size) if has_column_per_token else self.shards()
 
         return jax.tree.map(of, state)
 

@@ -56,10 +56,9 @@ class SlotValues(NamedTuple):
 
 
 def set_slot(state: SamplingState, slot: jax.Array, values: SlotValues) -> SamplingState:
-    """Initialises one row when a request that uses it takes the slot."""
-    return dataclasses.replace(
-        state, **{name: getattr(state, name).at[slot].set(value) for name, value in values._asdict().items()}
-    )
+    """Initialises one row when a request that uses it takes the slot, i32[]; out of range, it is nobody's."""
+    changed = {name: getattr(state, name).at[slot].set(value, mode="drop") for name, value in values._asdict().items()}
+    return dataclasses.replace(state, **changed)
 
 
 def slot_values(request, vocab_size: int) -> SlotValues:

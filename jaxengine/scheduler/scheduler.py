@@ -129,6 +129,10 @@ class Scheduler:
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether the id is that of an unfinished request."""
+        return request_id in self._requests
+
     def add_request(self, request: Request) -> None:
         """Queues a new request.
 
@@ -140,7 +144,7 @@ class Scheduler:
         """
         name, prompt_len = f"request {request.request_id!r}", request.num_prompt_tokens
         capacity = self.kv_cache.num_pages * self.kv_cache.block_size
-        if request.request_id in self._requests:
+        if self.has_request(request.request_id):
             raise ValueError(f"request_id={request.request_id!r}: already in use by an unfinished request")
         if request.status is not RequestStatus.WAITING:
             raise ValueError(f"{name}: status={request.status.label}, but only a new request can be added")

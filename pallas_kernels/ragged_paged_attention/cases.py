@@ -30,6 +30,7 @@ class Case:
 
 CASES = (
     Case("one_decode", ((1, 0),), empty_slots=0, padding_rows=0),
+    Case("no_sequences", ()),  # a data-parallel shard without work
     Case("decodes", ((1, 5), (1, 63), (1, 64), (1, 200), (1, 0))),
     Case("more_decodes_than_a_group", tuple((1, 7 * i) for i in range(21))),
     Case("one_prefill", ((37, 0),)),
@@ -86,7 +87,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     num_slots = num_seqs + case.empty_slots
     lens = [new + old for new, old in case.seqs]
     pages = [-(-n // case.page_size) for n in lens]
-    width = max(pages) + 1
+    width = max(pages, default=0) + 1
     num_pages = sum(pages) + 5
     ids = rng.permutation(num_pages)
     table = rng.integers(0, num_pages, (num_slots, width)).astype(np.int32)  # junk past the end is allowed
@@ -144,7 +145,9 @@ def _cached(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
-    """||got - want|| / ||want||."""
+    """||got - want|| / ||want||; 0 for nothing."""
+    if not want.size:
+        return 0.0
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 

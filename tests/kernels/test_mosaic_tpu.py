@@ -28,6 +28,7 @@ SLOW = {
     "gqa_9_over_3",
     "window",
     "one_decode",
+    "no_sequences",
     "decodes",
     "more_decodes_than_a_group",
     "one_prefill",

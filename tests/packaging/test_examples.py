@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,10 +39,33 @@ def small_engines(monkeypatch, smollm2, tiny):
     monkeypatch.setattr(jaxengine, "LLM", make, raising=False)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+IN_PROCESSES = "data_parallel.py"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in EXAMPLES.glob("*.py") if p.name != IN_PROCESSES), ids=lambda path: path.name
+)
 def test_script_runs(path, small_engines, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+def test_data_parallel_example(tiny):
+    command = [sys.executable, str(EXAMPLES / IN_PROCESSES), "--model", str(tiny), "--max-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert {"rank 0 of 2: 2 prompts", "rank 1 of 2: 3 prompts"} <= set(lines)
+    results = [line for line in lines if " -> " in line]
+    assert [line[-2] for line in results] == ["0", "0", "1", "1", "1"]
+    assert results[1].startswith("'Water boils at' -> ")
+
+
+def test_data_parallel_example_ends_when_a_rank_fails(tmp_path):
+    command = [sys.executable, str(EXAMPLES / IN_PROCESSES), "--model", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "has failed with exit code 1" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)

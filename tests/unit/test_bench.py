@@ -72,7 +72,7 @@ def test_percentiles_are_measured_values():
 def test_configurations_are_supported():
     from jaxengine.models.config import ModelConfig
 
-    assert set(model_configs()) == {"llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m"}
+    assert set(model_configs()) == {"llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m"}
     for path in model_configs().values():
         assert ModelConfig.from_hf(json.loads(path.read_text())).num_layers >= 16
 

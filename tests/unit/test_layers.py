@@ -56,6 +56,7 @@ WITHOUT_JAX = [
     "jaxengine.scheduler",
     "jaxengine.scheduler.policy",
     "jaxengine.scheduler.scheduler",
+    "jaxengine.scheduler.shards",
 ]
 SERVING = ["jaxengine.engine.async_llm", "jaxengine.engine.core_client", "jaxengine.server.app", "jaxengine.server.run"]
 """A server's own process leaves the device to the engine's."""
