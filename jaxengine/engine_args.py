@@ -134,7 +134,7 @@ class EngineArgs:
             shards = f"data_parallel_size={self.data_parallel_size} x " if self.data_parallel_size > 1 else ""
             raise ValueError(
                 f"{shards}tensor_parallel_size={self.tensor_parallel_size} needs {num_devices} devices: there are "
-                f"{len(jax.devices())} ({jax.devices()[0].platform})"
+                f"{len(jax.devices())} devices ({jax.devices()[0].platform})"
             )
         is_multiprocess = not is_planned and jax.process_count() > 1
         if is_multiprocess and num_devices != len(jax.devices()):
