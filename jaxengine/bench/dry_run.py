@@ -33,7 +33,7 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
     engine = llm.llm_engine
     config, runner = engine.config, _Recorder()
     cache = KVCacheManager(engine.kv_cache.num_pages, config.block_size, config.enable_prefix_caching)
-    core = EngineCore(Scheduler(config.scheduler, cache), runner)  # pyright: ignore[reportArgumentType]
+    core = EngineCore(Scheduler(config.scheduler, cache), runner, engine.core.grammars)  # pyright: ignore[reportArgumentType]
     for index, (prompt, output_len) in enumerate(workload.requests):
         params = request_params(output_len, detokenize=False)
         for request in engine.input_processor.process_one(str(index), prompt, params).children:

@@ -7,7 +7,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,22 @@ from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
 from jaxengine.runner.steps import FlatModel, ForwardOutputs, make_forward, make_prompt_logprobs, make_sampler
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, LOGPROBS, USES_STATE, LogitsProcessor, feature_set
+from jaxengine.sampling.sampler import (
+    EVERY_FEATURE,
+    FEATURE_SETS,
+    LOGPROBS,
+    MIN_TOKENS,
+    RANDOM,
+    USES_STATE,
+    LogitsProcessor,
+    feature_set,
+    mask_logits,
+)
 from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
 from jaxengine.scheduler.scheduler import ScheduledBatch
+
+if TYPE_CHECKING:
+    from jaxengine.structured.matchers import TokenMasks
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +61,13 @@ class SamplerKey:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskKey:
+    """What applies the masks of grammars to the logits of so many sequences."""
+
+    num_seqs: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptLogprobsKey:
     """The compiled log probabilities of prompts in steps of so many tokens."""
 
@@ -60,7 +80,7 @@ class SetSlotKey:
 
 
 # Buckets stand for the model's part of a step.
-ProgramKey = Bucket | SamplerKey | PromptLogprobsKey | SetSlotKey
+ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
 
 
 class StepShape(NamedTuple):
@@ -87,6 +107,21 @@ class StepOutputs(NamedTuple):
     tokens: jax.Array
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None
+
+
+class ForwardStep(NamedTuple):
+    """A step whose tokens are still to be sampled.
+
+    Attributes:
+        order: The rows of the step, as indices of `batch.sequences`.
+        rows: The sampler's part of the step's buffer.
+    """
+
+    batch: ScheduledBatch
+    order: list[int]
+    bucket: Bucket
+    rows: np.ndarray
+    outputs: ForwardOutputs
 
 
 class StepHandle:
@@ -187,6 +222,7 @@ class ModelRunner:
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
+        keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
@@ -216,12 +252,16 @@ class ModelRunner:
                     make_sampler(rows, features=features, processors=processors, num_top=num_top),
                     (0, 1),
                 )
-                logits = jax.ShapeDtypeStruct((num_seqs, self._vocab_size), jnp.float32)
-                logits = abstract(logits, place.columns(self._vocab_size))
+                logits = self._abstract_logits(num_seqs)
                 state = state if features == EVERY_FEATURE else None
                 args = state, last_token, logits, self._int32(rows.size)
                 logprobs = replicated if features == EVERY_FEATURE else None
                 out_shardings = (*jax.tree.map(lambda x: x.sharding, args[:2]), replicated, logprobs)
+            case MaskKey(num_seqs):
+                function, donated = mask_logits, (0,)
+                logits = self._abstract_logits(num_seqs)
+                bitmask = jax.ShapeDtypeStruct((num_seqs, self._num_mask_words), jnp.int32, sharding=replicated)
+                args, out_shardings = (logits, bitmask), logits.sharding
             case PromptLogprobsKey(num_tokens):
                 function, donated = make_prompt_logprobs(self._flat, num_top), ()
                 hidden = jax.ShapeDtypeStruct((num_tokens, self.model_config.hidden_size), self.config.dtype)
@@ -236,6 +276,10 @@ class ModelRunner:
         places = {} if place.mesh is None else {"out_shardings": out_shardings}
         with place.context():
             return jax.jit(function, donate_argnums=donated, **places).lower(*args)
+
+    def _abstract_logits(self, num_seqs: int) -> jax.ShapeDtypeStruct:
+        logits = jax.ShapeDtypeStruct((num_seqs, self._vocab_size), jnp.float32)
+        return abstract(logits, self._place.columns(self._vocab_size))
 
     def _int32(self, size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self._place.replicated())
@@ -334,6 +378,10 @@ class ModelRunner:
 
     def execute(self, batch: ScheduledBatch) -> StepHandle:
         """Dispatches a step and returns at once."""
+        return self.sample(self.forward(batch))
+
+    def forward(self, batch: ScheduledBatch) -> ForwardStep:
+        """Dispatches the model's part of a step and returns at once; `sample` must follow before the next step."""
         if self._leaves is None:
             raise RuntimeError("the engine sleeps: call wake_up() first")
         for sequence in batch.sequences:
@@ -344,8 +392,17 @@ class ModelRunner:
         packed = pack(batch, order, layout, self._slots)
         forward = self._compiler.get(bucket)
         self._caches, self._last_token, outputs = forward(self._leaves, self._caches, self._last_token, packed)
-        rows = packed[layout.rows_start :]
-        tokens, logprobs = self._sample(outputs, bucket.num_seqs, rows, layout.rows.wanted_features(rows))
+        return ForwardStep(batch, order, bucket, packed[layout.rows_start :], outputs)
+
+    def sample(self, step: ForwardStep, masks: TokenMasks | None = None) -> StepHandle:
+        """Dispatches the rest of a step and returns at once.
+
+        Args:
+            step: The newest step.
+            masks: What grammars allow.
+        """
+        batch, order, bucket, _, outputs = step
+        tokens, logprobs = self._sample(step if masks is None else self._mask(step, masks), has_masks=masks is not None)
         prompt_logprobs, targets = None, prompt_targets(batch, order, bucket.num_tokens)
         if targets is not None:
             prompt_logprobs = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))(
@@ -353,10 +410,24 @@ class ModelRunner:
             )
         return StepHandle(StepOutputs(tokens, logprobs, prompt_logprobs), order, batch)
 
-    def _sample(
-        self, outputs: ForwardOutputs, num_seqs: int, rows: np.ndarray, wanted: int
-    ) -> tuple[jax.Array, Logprobs | None]:
+    def _mask(self, step: ForwardStep, masks: TokenMasks) -> ForwardStep:
+        """Takes the tokens that grammars do not allow out of a step's logits, which are given up."""
+        num_seqs, num_rows = step.bucket.num_seqs, len(step.order)
+        bitmask = np.full((num_seqs, self._num_mask_words), -1, np.int32)
+        bitmask[:num_rows] = masks.bitmask[step.order, : self._num_mask_words]
+        logits = self._compiler.get(MaskKey(num_seqs))(step.outputs.logits, bitmask)
+        rows = step.rows.copy()  # the device may still read the buffer
+        # Where nothing is left but the end, min_tokens must not forbid it.
+        features = RowLayout(num_seqs).fields(rows)["features"][:num_rows]
+        features[masks.is_complete[step.order]] &= ~MIN_TOKENS
+        return step._replace(rows=rows, outputs=step.outputs._replace(logits=logits))
+
+    def _sample(self, step: ForwardStep, *, has_masks: bool) -> tuple[jax.Array, Logprobs | None]:
         """The tokens, and their log probabilities if a row asks for them."""
+        outputs, num_seqs, rows = step.outputs, step.bucket.num_seqs, step.rows
+        wanted = self._layouts[step.bucket].rows.wanted_features(rows)
+        if has_masks:
+            wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
             return outputs.tokens, None
         features = feature_set(wanted)
@@ -395,6 +466,10 @@ class ModelRunner:
     @property
     def _vocab_size(self) -> int:
         return self.model_config.vocab_size
+
+    @property
+    def _num_mask_words(self) -> int:
+        return -(-self._vocab_size // 32)
 
     def _make_caches(self, num_pages: int) -> list[KVCache]:
         config, place = self.config, self._place
