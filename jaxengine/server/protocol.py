@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from jaxengine.engine.inputs import Prompt
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.server.errors import APIError
+from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 TokenIds = list[Int32]
@@ -23,8 +24,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -99,6 +98,8 @@ class GenerationBody(Body):
     prompt_logprobs: Int32 | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: TokenIds | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Int32 = 0
     cache_salt: str | None = None
 
@@ -127,6 +128,7 @@ class GenerationBody(Body):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         recommended = {name: getattr(default, name) for name in _OF_MODEL}
+        given["structured_outputs"] = structured_outputs(self.response_format, self.structured_outputs)
         fields: dict[str, Any] = recommended | given | {"output_kind": kind} | decided
         return SamplingParams(**fields)
 

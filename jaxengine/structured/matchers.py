@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +12,7 @@ from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
 from jaxengine.structured.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher
+    from llguidance import LLMatcher
 
 
 class TokenMasks(NamedTuple):
@@ -36,12 +35,6 @@ class Matchers:
         self._compiler = compiler
         self._matchers: dict[Request, LLMatcher] = {}
 
-    @functools.cached_property
-    def _executor(self) -> LLExecutor:
-        from llguidance import LLExecutor
-
-        return LLExecutor()
-
     def advance(self, request: Request, token_ids: Sequence[int]) -> bool:
         """Takes tokens that a request has gained; False if its grammar does not allow them."""
         matcher = self._matchers[request]
@@ -61,7 +54,7 @@ class Matchers:
             The masks, in the order of `batch.sequences`; and the requests whose grammar has become too complex, which
             must end, with the reasons.
         """
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
         bitmask = allocate_token_bitmask(len(batch.sequences), self._compiler.tokenizer.vocab_size)
         is_complete = np.zeros(len(bitmask), bool)
@@ -70,12 +63,11 @@ class Matchers:
             for row, sequence in enumerate(batch.sequences)
             if is_constrained(sequence) and not sequence.request.status.is_finished
         ]
-        if rows:
-            matchers = [(self._matcher(request), row) for row, request in rows]
-            fill_next_token_bitmask_par(self._executor, matchers, bitmask)
         failed: dict[Request, str] = {}
         for row, request in rows:
-            matcher = self._matchers[request]
+            matcher = self._matcher(request)
+            # One by one: handing some 10 us of work to llguidance's threads takes longer than to do it.
+            fill_next_token_bitmask(matcher, bitmask, row)
             if matcher.is_error():
                 failed[request] = matcher.get_error()
             elif matcher.is_accepting():

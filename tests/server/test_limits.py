@@ -13,6 +13,7 @@ from tests.server.conftest import BEARER, MAX_BODY_SIZE, ROOM
 JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).resolve().parents[2]
 USER = [{"role": "user", "content": "x"}]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
 LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": True}
 
 
@@ -45,7 +46,26 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
         ("chat/completions", {"messages": [{"role": "pope", "content": "x"}]}, "messages", "role"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
         ("chat/completions", {"messages": USER, "tools": [{"type": "function"}]}, "tools", "not supported"),
-        ("chat/completions", {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "not"),
+        ("chat/completions", {"messages": USER, "response_format": {"type": "xml"}}, "response_format", "json_object"),
+        (
+            "chat/completions",
+            {"messages": USER, "response_format": {"type": "json_schema"}},
+            "response_format",
+            "needs",
+        ),
+        ("completions", {"prompt": "x", "response_format": SCHEMA}, "structured_outputs", "Invalid type"),
+        ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed"),
+        ("completions", {"prompt": "x", "structured_outputs": {"grammar": "no"}}, "structured_outputs", "GBNF"),
+        ("completions", {"prompt": "x", "structured_outputs": {}}, "structured_outputs", "exactly one"),
+        ("completions", {"prompt": "x", "structured_outputs": {"choice": [1]}}, "structured_outputs", "string"),
+        ("completions", {"prompt": "x", "structured_outputs": {"xml": "a"}}, "structured_outputs", "no such field"),
+        ("completions", {"prompt": "x", "structured_outputs": {"json": "{"}}, "structured_outputs", "no JSON"),
+        (
+            "completions",
+            {"prompt": "x", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "response_format",
+            "exclude",
+        ),
         ("chat/completions", {"messages": USER, "top_logprobs": 2}, "top_logprobs", "logprobs=true"),
         ("chat/completions", {"messages": USER, "chat_template_kwargs": {"tokenize": True}}, None, "tokenize"),
         (
