@@ -105,7 +105,11 @@ class CoreProcess:
                 self._forget(message.key)
 
     def _add(self, message: wire.Add) -> None:
-        request = message.request()
+        try:
+            request = message.request()
+        except ValueError as error:
+            self._send(wire.Refused(message.key, str(error)))
+            return
         if request.grammar is None:
             self._queue(message.key, request)
         else:
