@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from jaxengine.engine_args import EngineArgs
     from jaxengine.llm import LLM
     from jaxengine.outputs import CompletionOutput, RequestOutput
-    from jaxengine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from jaxengine.sampling_params import (
+        BeamSearchParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 _MODULES = {
@@ -34,6 +40,7 @@ _MODULES = {
     "BeamSearchParams": "sampling_params",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "sampling_params",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import json as json_module
 import logging
 import math
 import numbers
@@ -35,6 +36,74 @@ class RequestOutputKind(enum.Enum):
     """Only what is new since the last output."""
     FINAL_ONLY = 2
     """One output, when the request has finished."""
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """The form that an output must have: exactly one of the first five fields says which.
+
+    Names and meanings are vLLM's.
+
+    Attributes:
+        json: A JSON schema, as a dict or as text. A keyword that cannot be enforced is an error.
+        regex: A regular expression in the syntax of Rust's `regex` crate (no look-around, no references back), which
+            the whole output must match.
+        choice: Texts, one of which the output must be.
+        grammar: A context-free grammar in Lark's syntax (as llguidance has it) or in llama.cpp's GBNF.
+        json_object: True for any JSON object.
+        disable_any_whitespace: JSON without spaces or newlines between its parts.
+        disable_additional_properties: Objects of a JSON schema hold only the properties that it names, unless it says
+            itself what others may be.
+        whitespace_pattern: A regular expression of what may stand between the parts of JSON.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks all fields, except whether the schema or grammar itself is right, for which a model is needed.
+
+        Raises:
+            ValueError: None or several of the forms are given, or a field is of the wrong type.
+        """
+        forms = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in forms if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(f"structured_outputs must have exactly one of {', '.join(forms)}, got {given or 'none'}")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"structured_outputs: {name} must be a string that is not empty, got {value!r}")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"structured_outputs: {name} must be True or False, got {getattr(self, name)!r}")
+        if self.json_object not in (None, False, True):
+            raise ValueError(f"structured_outputs: json_object must be True, got {self.json_object!r}")
+        if self.choice is not None and not _strings("structured_outputs: choice", self.choice):
+            raise ValueError("structured_outputs: choice must hold at least one text, got []")
+        self._check_json()
+
+    def _check_json(self) -> None:
+        schema = self.json
+        if isinstance(schema, str):
+            try:
+                schema = json_module.loads(schema)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"structured_outputs: json is no JSON: {error}") from error
+        if schema is not None and not isinstance(schema, dict):
+            raise ValueError(f"structured_outputs: json must be a JSON schema, an object, got {self.json!r}")
+        if schema is None and not self.json_object:
+            for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
+                if getattr(self, name):
+                    raise ValueError(f"structured_outputs: {name} is for json and json_object only")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError("structured_outputs: disable_any_whitespace and whitespace_pattern exclude each other")
 
 
 @dataclass
@@ -74,6 +143,8 @@ class SamplingParams:
         allowed_token_ids: If given, only these token ids can be generated.
         extra_args: Anything, for custom logits processors.
         skip_reading_prefix_cache: Compute the prompt anew; by default only where `prompt_logprobs` needs it.
+        structured_outputs: The form that the output must have. Log probabilities are then those of the tokens that it
+            allows.
     """
 
     n: int = 1
@@ -104,6 +175,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     extra_args: dict[str, Any] | None = None
     skip_reading_prefix_cache: bool | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     bad_words_token_ids: list[list[int]] | None = field(default=None, init=False, repr=False, compare=False)
     """`bad_words` as token sequences: set by the engine, which has the tokenizer."""
 
@@ -220,6 +292,8 @@ class SamplingParams:
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         if self.extra_args is not None and not isinstance(self.extra_args, dict):
             raise ValueError(f"extra_args must be a dict or None, got {self.extra_args!r}")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
         if self.logits_processors is not None:
             self.logits_processors = list(self.logits_processors)
             for processor in self.logits_processors:

@@ -92,8 +92,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2) -> None:
     """Writes a random Llama in Hugging Face's form: hidden size 64, 4 query and 2 key-value heads."""
     from safetensors.numpy import save_file
 
-    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocab = write_byte_tokenizer(folder)
     hidden, ffn, heads, kv_heads, head_dim = 64, 128, 4, 2, 16
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -115,7 +114,6 @@ def write_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2) -> None:
         "eos_token_id": vocab["<|end|>"],
     }
     (folder / "config.json").write_text(json.dumps(config))
-    _write_byte_tokenizer(folder, vocab, specials)
 
     draw = np.random.default_rng(seed)
     tensors = {"model.embed_tokens.weight": draw.normal(0, 1, (len(vocab), hidden))}
@@ -137,8 +135,10 @@ def write_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2) -> None:
     save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def _write_byte_tokenizer(folder: Path, vocab: dict[str, int], specials: list[str]) -> None:
-    """One token per byte, and the special ones."""
+def write_byte_tokenizer(folder: Path) -> dict[str, int]:
+    """Writes a tokenizer with one token per byte, and some special ones; returns its vocabulary."""
+    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -151,3 +151,4 @@ def _write_byte_tokenizer(folder: Path, vocab: dict[str, int], specials: list[st
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return vocab

@@ -40,7 +40,7 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
         for _ in range(config.data_parallel_size)
     ]
     scheduler = ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])
-    core = EngineCore(scheduler, runner)  # pyright: ignore[reportArgumentType]
+    core = EngineCore(scheduler, runner, engine.core.grammars)  # pyright: ignore[reportArgumentType]
     for index, (prompt, output_len) in enumerate(workload.requests):
         params = request_params(output_len, detokenize=False)
         for request in engine.input_processor.process_one(str(index), prompt, params).children:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxengine.engine.core_client import CoreClient, EngineDeadError
-from jaxengine.engine.front import EngineFront, load_tokenizer
+from jaxengine.engine.front import EngineFront, eos_token_ids, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine.output_processor import SampledUpdate
 from jaxengine.engine.request import Request
@@ -19,6 +19,7 @@ from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+from jaxengine.structured.grammar import GrammarCompiler
 
 __all__ = ["AsyncLLM", "EngineDeadError", "RequestStream"]
 
@@ -108,7 +109,8 @@ class AsyncLLM:
             raise
         self.dead_error: EngineDeadError | None = None
         self.on_death: Callable[[EngineDeadError], None] | None = None
-        self._front = EngineFront(self._client, args, checkpoint, self.tokenizer, self.limits)
+        grammars = GrammarCompiler(lambda: self.tokenizer, self.limits.vocab_size, eos_token_ids(checkpoint))
+        self._front = EngineFront(self._client, args, checkpoint, self.tokenizer, self.limits, grammars)
         self.input_processor = self._front.input_processor
         self.stats = self._front.stats
         self._streams: dict[str, RequestStream] = {}

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine.core import EngineCore
+from jaxengine.engine.front import eos_token_ids
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.structured.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
-def build_core(args: EngineArgs, checkpoint: Checkpoint) -> EngineCore:
+def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable[[], Any]) -> EngineCore:
     """Loads the weights and starts compiling; returns when a first step can run.
+
+    Args:
+        args: Which model, and how.
+        checkpoint: The model.
+        get_tokenizer: Gives its tokenizer, or None; called when a grammar first needs it.
 
     Raises:
         ValueError: A value that the model or the memory does not allow, or weights that do not fit the model.
@@ -48,7 +56,9 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint) -> EngineCore:
     caches = [
         KVCacheManager(runner.num_pages, config.block_size, config.enable_prefix_caching) for _ in range(num_shards)
     ]
-    return EngineCore(ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches]), runner)
+    scheduler = ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])
+    grammars = GrammarCompiler(get_tokenizer, config.model.vocab_size, eos_token_ids(checkpoint))
+    return EngineCore(scheduler, runner, grammars)
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,12 +10,16 @@ import numpy as np
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import STEP_TOKENS, Histogram
-from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.model_runner import ForwardStep, ModelRunner
 from jaxengine.runner.step_handle import ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler, TokenUpdate
 from jaxengine.scheduler.shards import ShardedScheduler
 from jaxengine.sharding.distributed import is_multiprocess
+from jaxengine.structured.grammar import GrammarCompiler
+from jaxengine.structured.matchers import Matchers, is_constrained
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,11 +40,17 @@ class EngineStats:
 
 
 class EngineCore:
-    """Requests in, tokens out. Not thread-safe: one thread adds, steps and aborts."""
+    """Requests in, tokens out. Not thread-safe: one thread adds, steps and aborts.
 
-    def __init__(self, scheduler: ShardedScheduler, runner: ModelRunner):
+    Attributes:
+        grammars: Compiles what outputs must match; compiling before `add_request` keeps it out of the steps.
+    """
+
+    def __init__(self, scheduler: ShardedScheduler, runner: ModelRunner, grammars: GrammarCompiler):
         self.scheduler = scheduler
         self.runner = runner
+        self.grammars = grammars
+        self._matchers = Matchers(grammars)
         self.stats = EngineStats()
         self._in_flight: tuple[list[ScheduledBatch], StepHandle] | None = None
         self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
@@ -69,17 +80,23 @@ class EngineCore:
     def step(self) -> list[SampledUpdate]:
         """Dispatches one step and takes in the one before.
 
+        Where grammars are at work, the tokens of the one before come first, and then what is left of the new step: its
+        masks, computed while the device runs the model, and its sampler.
+
         Returns:
             What requests gained; may be empty while prompts are computed.
         """
+        updates: list[SampledUpdate] = []
         try:
-            previous = self._in_flight or self._dispatch()
-            self._in_flight = self._dispatch() if self.scheduler.config.async_scheduling else None
-            return [] if previous is None else self._collect(*previous)
+            previous = self._in_flight or self._sample(self._dispatch(), updates)
+            following = self._dispatch() if self.scheduler.config.async_scheduling else None
+            updates += [] if previous is None else self._collect(*previous)
+            self._in_flight = self._sample(following, updates)
         except Exception as error:  # a broken connection can look like anything
             if is_multiprocess():
                 raise RuntimeError("a step over several processes has failed: another may have died") from error
             raise
+        return updates
 
     def drain(self) -> None:
         """Waits for the step in flight, whose requests have all ended."""
@@ -91,7 +108,8 @@ class EngineCore:
         """Ends the compiler threads and frees the device. Requests must have ended."""
         self.runner.close()
 
-    def _dispatch(self) -> tuple[list[ScheduledBatch], StepHandle] | None:
+    def _dispatch(self) -> tuple[list[ScheduledBatch], StepHandle | ForwardStep] | None:
+        """Dispatches a step, or, if grammars say what may be sampled in it, the model's part of it."""
         if not self.scheduler.has_unfinished_requests():
             return None
         batches = self.scheduler.schedule(self.runner.max_ready_tokens())
@@ -102,7 +120,33 @@ class EngineCore:
         self.stats.num_prompt_tokens += sum(
             s.num_new_tokens for batch in batches for s in batch.sequences if s.start < s.request.num_prompt_tokens
         )
+        if any(is_constrained(sequence) for batch in batches for sequence in batch.sequences):
+            return batches, self.runner.forward(batches)
         return batches, self.runner.execute(batches)
+
+    def _sample(
+        self, step: tuple[list[ScheduledBatch], StepHandle | ForwardStep] | None, updates: list[SampledUpdate]
+    ) -> tuple[list[ScheduledBatch], StepHandle] | None:
+        """Dispatches what is left of a step, now that all tokens before it are known.
+
+        Args:
+            step: What `_dispatch` gave.
+            updates: Gains the ends of requests whose grammars have failed.
+        """
+        if step is None:
+            return None
+        batches, forward = step
+        if not isinstance(forward, ForwardStep):
+            return batches, forward
+        masks = []
+        for batch in batches:
+            own_masks, failed = self._matchers.masks(batch)
+            masks.append(own_masks)
+            for request, reason in failed.items():
+                logger.warning("request %s: structured_outputs: %s", request.request_id, reason)
+                self.finish_request(request.request_id, RequestStatus.FINISHED_ERROR)
+                updates.append(SampledUpdate(request, [], True))
+        return batches, self.runner.sample(forward, masks)
 
     def _collect(self, batches: list[ScheduledBatch], handle: StepHandle) -> list[SampledUpdate]:
         parts = zip(self.scheduler.shards, batches, handle.results(), strict=True)
@@ -116,6 +160,8 @@ class EngineCore:
         for update in scheduler.update(batch, result.sampled):
             request = update.request
             self.stats.num_generation_tokens += len(update.new_token_ids)
+            if request.grammar is not None and not self._matchers.advance(request, update.new_token_ids):
+                self._fail(update)
             num_logprobs = request.sampling_params.logprobs
             own = None
             if num_logprobs is not None and logprobs is not None:
@@ -125,6 +171,14 @@ class EngineCore:
             if update.finished:
                 self._forget(request)
         return updates
+
+    def _fail(self, update: TokenUpdate) -> None:
+        """Ends a request that has gained a token against its grammar: all that was allowed, something else forbade."""
+        request = update.request
+        logger.warning("request %s: other parameters leave no token that structured_outputs allows", request.request_id)
+        self.scheduler.finish_request(request.request_id, RequestStatus.FINISHED_ERROR)
+        request.status, request.stop_reason = RequestStatus.FINISHED_ERROR, None  # even if that token has ended it
+        update.new_token_ids, update.finished = [], True
 
     def _keep_prompt_logprobs(self, batch: ScheduledBatch, starts: list[int], logprobs: Logprobs) -> None:
         """Collects a prompt's log probabilities chunk by chunk; they are given out with the first token."""
@@ -148,6 +202,7 @@ class EngineCore:
 
     def _forget(self, request: Request) -> None:
         self._prompt_logprobs.pop(request, None)
+        self._matchers.forget(request)
 
 
 def _columns(logprobs: Logprobs, rows: slice, num_top: int) -> TokenLogprobs:

@@ -8,17 +8,22 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import zmq
 
 from jaxengine.engine import wire
+from jaxengine.engine.front import load_tokenizer
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric, collect_metrics
 
 logger = logging.getLogger(__name__)
+
+COMPILE_POLL_MS = 1
+"""How often an idle core looks whether a grammar is compiled."""
 
 
 class CoreProcess:
@@ -39,7 +44,11 @@ class CoreProcess:
         from jaxengine.runner.compiler import CompilationCounter
 
         self._compilations = CompilationCounter()
-        self._core = build_core(args, resolve_model(args.model, revision=args.revision, load_format=args.load_format))
+        checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
+        self._core = build_core(args, checkpoint, lambda: load_tokenizer(args, checkpoint))
+        # The first grammar loads the tokenizer, and some take long themselves: steps go on meanwhile.
+        self._compiler = ThreadPoolExecutor(1, "jaxengine-grammar")
+        self._compiling: dict[int, tuple[Request, Future[Any]]] = {}
         self._inbox, self._outbox = requests, outputs
         self._requests: dict[int, Request] = {}
         self._keys: dict[Request, int] = {}
@@ -56,6 +65,7 @@ class CoreProcess:
                     self._core.drain()
                 self._report(updates)
         finally:
+            self._compiler.shutdown(cancel_futures=True)
             self._core.close()
 
     def _report(self, updates: list[wire.Update]) -> None:
@@ -76,17 +86,20 @@ class CoreProcess:
 
     def _take_messages(self) -> bool:
         """Takes all messages that are there, and waits for one if there is nothing else to do; False at the end."""
-        wait = not self._core.has_unfinished_requests()
+        if not self._core.has_unfinished_requests():
+            self._inbox.poll(COMPILE_POLL_MS if self._compiling else None)
         while True:
             try:
-                message = wire.decode_to_core(self._inbox.recv(0 if wait else zmq.NOBLOCK))
+                message = wire.decode_to_core(self._inbox.recv(zmq.NOBLOCK))
             except zmq.Again:
+                self._add_compiled()
                 return True
-            wait = False
             if isinstance(message, wire.Shutdown):
                 return False
             if isinstance(message, wire.Add):
                 self._add(message)
+            elif self._compiling.pop(message.key, None) is not None:
+                continue
             elif (request := self._requests.get(message.key)) is not None:
                 self._core.finish_request(request.request_id, RequestStatus[message.status])
                 self._forget(message.key)
@@ -94,12 +107,34 @@ class CoreProcess:
     def _add(self, message: wire.Add) -> None:
         try:
             request = message.request()
-            self._core.add_request(request)
         except ValueError as error:
             self._send(wire.Refused(message.key, str(error)))
+            return
+        if request.grammar is None:
+            self._queue(message.key, request)
         else:
-            self._requests[message.key] = request
-            self._keys[request] = message.key
+            compiling = self._compiler.submit(self._core.grammars.compile, request.grammar)
+            self._compiling[message.key] = request, compiling
+
+    def _add_compiled(self) -> None:
+        """Queues the requests whose grammars have been compiled."""
+        for key, (request, compiling) in list(self._compiling.items()):
+            if compiling.done():
+                del self._compiling[key]
+                error = compiling.exception()
+                if error is None:
+                    self._queue(key, request)
+                else:  # the front has compiled it, so this is no wrong grammar
+                    self._send(wire.Refused(key, f"structured_outputs: {error}"))
+
+    def _queue(self, key: int, request: Request) -> None:
+        try:
+            self._core.add_request(request)
+        except ValueError as error:
+            self._send(wire.Refused(key, str(error)))
+        else:
+            self._requests[key] = request
+            self._keys[request] = key
 
     def _forget(self, key: int) -> None:
         del self._keys[self._requests.pop(key)]

@@ -18,6 +18,7 @@ from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import RequestStats
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.structured.grammar import GrammarCompiler
 
 
 class Core(Protocol):
@@ -44,7 +45,15 @@ class EngineFront:
         stats: Times and ends of requests.
     """
 
-    def __init__(self, core: Core, args: EngineArgs, checkpoint: Checkpoint, tokenizer: Any, limits: ModelLimits):
+    def __init__(
+        self,
+        core: Core,
+        args: EngineArgs,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        limits: ModelLimits,
+        grammars: GrammarCompiler,
+    ):
         self._core = core
         self.tokenizer = tokenizer
         self.default_params = default_sampling_params(args, checkpoint)
@@ -55,6 +64,7 @@ class EngineFront:
             max_logprobs=limits.max_logprobs,
             eos_token_ids=eos_token_ids(checkpoint),
             default_params=self.default_params,
+            grammars=grammars,
         )
         self.stats = RequestStats()
         self._outputs = OutputProcessor(tokenizer, stats=self.stats)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxengine.engine.chat import normalize_conversations, render_chat
 from jaxengine.engine.request import Request
 from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
+from jaxengine.structured.grammar import GrammarCompiler, grammar_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,6 +160,7 @@ class InputProcessor:
         default_params: Used where a caller gives None.
         max_bad_words: See `MAX_BAD_WORDS`.
         max_bad_word_len: See `MAX_BAD_WORD_LEN`.
+        grammars: Checks the grammars of structured outputs; None if there are none.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class InputProcessor:
         default_params: SamplingParams | None = None,
         max_bad_words: int = MAX_BAD_WORDS,
         max_bad_word_len: int = MAX_BAD_WORD_LEN,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -181,6 +184,7 @@ class InputProcessor:
         self.default_params = default_params or SamplingParams()
         self.max_bad_words = max_bad_words
         self.max_bad_word_len = max_bad_word_len
+        self._grammars = grammars
 
     def process_batch(
         self,
@@ -254,6 +258,7 @@ class InputProcessor:
         self._check_params(params)
         params.bad_words_token_ids = self._tokenize_bad_words(params.bad_words or [])
         token_ids = self._prompt_token_ids(normal, params)
+        grammar = self._grammar(params)
         room = self.max_model_len - len(token_ids)
         assert params.stop_token_ids is not None
         stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
@@ -274,6 +279,7 @@ class InputProcessor:
                     priority=priority,
                     arrival_time=arrival_time,
                     cache_salt=normal.cache_salt if cache_salt is None else cache_salt,
+                    grammar=grammar,
                 )
             )
         return ProcessedInput(request_id, normal.text, token_ids, params, children)
@@ -352,6 +358,16 @@ class InputProcessor:
         self._check_in_vocabulary("logit_bias", params.logit_bias or ())
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r}: there is no tokenizer to make text to search in")
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        """The grammar of structured outputs, compiled once here so that a wrong one is told before anything runs."""
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structured_outputs: there is no tokenizer")
+        grammar = _at("structured_outputs", grammar_text, params.structured_outputs)
+        _at("structured_outputs", self._grammars.compile, grammar)
+        return grammar
 
     def _check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
         # min and max: prompts are long, and this is on the way to the first token.

@@ -48,14 +48,16 @@ class LLMEngine:
         self.checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         with ThreadPoolExecutor(1) as pool:
             tokenizer = pool.submit(load_tokenizer, args, self.checkpoint)
-            self.core: EngineCore = build_core(args, self.checkpoint)
+            self.core: EngineCore = build_core(args, self.checkpoint, tokenizer.result)
             try:
                 self.tokenizer = tokenizer.result()
             except BaseException:
                 self.core.close()
                 raise
         self.config: EngineConfig = self.core.runner.config
-        self._front = EngineFront(self.core, args, self.checkpoint, self.tokenizer, self.config.limits)
+        self._front = EngineFront(
+            self.core, args, self.checkpoint, self.tokenizer, self.config.limits, self.core.grammars
+        )
         self.input_processor = self._front.input_processor
         self._num_requests = 0
         self._closed = False

@@ -16,7 +16,7 @@ from jaxengine.sampling_params import SamplingParams
 
 NOT_SENT = {
     *("n", "stop", "bad_words", "bad_words_token_ids", "max_tokens", "truncate_prompt_tokens"),
-    *("output_kind", "logits_processors", "extra_args"),
+    *("output_kind", "logits_processors", "extra_args", "structured_outputs"),
 }
 """Fields of `SamplingParams` that the front alone reads, that cannot be sent, or that are sent in another form."""
 
@@ -40,6 +40,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     priority: int
     arrival_time: float
     cache_salt: str | None
+    grammar: str | None
 
     @classmethod
     def of(cls, key: int, request: Request) -> Add:
@@ -55,6 +56,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
             request.priority,
             request.arrival_time,
             request.cache_salt,
+            request.grammar,
         )
 
     def request(self) -> Request:
@@ -70,6 +72,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
             priority=self.priority,
             arrival_time=self.arrival_time,
             cache_salt=self.cache_salt,
+            grammar=self.grammar,
         )
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,23 @@ from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
 from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
 from jaxengine.runner.steps import FlatModel, ForwardOutputs, make_forward, make_prompt_logprobs, make_sampler
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, LOGPROBS, USES_STATE, LogitsProcessor, feature_set
+from jaxengine.sampling.sampler import (
+    EVERY_FEATURE,
+    FEATURE_SETS,
+    LOGPROBS,
+    MIN_TOKENS,
+    RANDOM,
+    USES_STATE,
+    LogitsProcessor,
+    feature_set,
+    mask_logits,
+)
 from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
 from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
 from jaxengine.sharding.distributed import is_multiprocess, least_of_all_processes
+
+if TYPE_CHECKING:
+    from jaxengine.structured.matchers import TokenMasks
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +64,13 @@ class SamplerKey:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskKey:
+    """What applies the masks of grammars to the logits of so many sequences."""
+
+    num_seqs: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptLogprobsKey:
     """The compiled log probabilities of prompts in steps of so many tokens."""
 
@@ -63,7 +83,22 @@ class SetSlotKey:
 
 
 # Buckets stand for the model's part of a step.
-ProgramKey = Bucket | SamplerKey | PromptLogprobsKey | SetSlotKey
+ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
+
+
+class ForwardStep(NamedTuple):
+    """A step whose tokens are still to be sampled.
+
+    Attributes:
+        orders: Of each shard: the rows of the step, as indices of its batch's sequences.
+        rows: The sampler's part of the step's buffer.
+    """
+
+    batches: Sequence[ScheduledBatch]
+    orders: list[list[int]]
+    bucket: Bucket
+    rows: np.ndarray
+    outputs: ForwardOutputs
 
 
 class ModelRunner:
@@ -131,6 +166,7 @@ class ModelRunner:
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
+        keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
@@ -161,6 +197,10 @@ class ModelRunner:
                 args = (state if features == EVERY_FEATURE else None), last_token, logits, self._own((rows.size,))
                 logprobs = outputs if features == EVERY_FEATURE else None
                 out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), outputs, logprobs
+            case MaskKey(num_seqs):
+                function, shared, donated = mask_logits, (), (0,)
+                logits = abstract(self._own((num_seqs, self._vocab_size), jnp.float32), logits_place)
+                args, out_shardings = (logits, self._own((num_seqs, self._num_mask_words))), logits_place
             case PromptLogprobsKey(num_tokens):
                 function, shared, donated = make_prompt_logprobs(self._flat, num_top), (0,), ()
                 hidden = self._own((num_tokens, self.model_config.hidden_size), self.config.dtype)
@@ -277,6 +317,10 @@ class ModelRunner:
 
     def execute(self, batches: Sequence[ScheduledBatch]) -> StepHandle:
         """Dispatches a step, which has a batch for each shard, and returns at once."""
+        return self.sample(self.forward(batches))
+
+    def forward(self, batches: Sequence[ScheduledBatch]) -> ForwardStep:
+        """Dispatches the model's part of a step and returns at once; `sample` must follow before the next step."""
         if self._leaves is None:
             raise RuntimeError("the engine sleeps: call wake_up() first")
         for shard, batch in enumerate(batches):
@@ -289,18 +333,44 @@ class ModelRunner:
         forward = self._compiler.get(bucket)
         args = self._leaves, self._caches, self._last_token, self._put_own(packed)
         self._caches, self._last_token, outputs = forward(*args)
-        tokens, logprobs = self._sample(outputs, layout.rows, layout.rows_of(packed))
+        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), outputs)
+
+    def sample(self, step: ForwardStep, masks: Sequence[TokenMasks] | None = None) -> StepHandle:
+        """Dispatches the rest of a step and returns at once.
+
+        Args:
+            step: The newest step.
+            masks: What grammars allow, for each shard.
+        """
+        batches, orders, bucket, _, outputs = step
+        tokens, logprobs = self._sample(step if masks is None else self._mask(step, masks), has_masks=masks is not None)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
             compute = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))
             prompt_logprobs = compute(self._leaves, outputs.hidden, self._put_own(targets))
         return StepHandle(StepOutputs(tokens, logprobs, prompt_logprobs), orders, batches)
 
-    def _sample(
-        self, outputs: ForwardOutputs, layout: RowLayout, rows: np.ndarray
-    ) -> tuple[jax.Array, Logprobs | None]:
+    def _mask(self, step: ForwardStep, masks: Sequence[TokenMasks]) -> ForwardStep:
+        """Takes the tokens that grammars do not allow out of a step's logits, which are given up."""
+        num_seqs, layout = step.bucket.num_seqs, self._layouts[step.bucket].rows
+        bitmask = np.full((len(masks), num_seqs, self._num_mask_words), -1, np.int32)
+        rows = step.rows.copy()  # the device may still read the buffer
+        parts = zip(bitmask, rows.reshape(len(masks), -1), step.orders, masks, strict=True)
+        for own_bitmask, own_rows, order, own_masks in parts:
+            own_bitmask[: len(order)] = own_masks.bitmask[order, : self._num_mask_words]
+            # Where nothing is left but the end, min_tokens must not forbid it.
+            features = layout.fields(own_rows)["features"][: len(order)]
+            features[own_masks.is_complete[order]] &= ~MIN_TOKENS
+        mask = self._compiler.get(MaskKey(num_seqs))
+        logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._num_mask_words)))
+        return step._replace(rows=rows, outputs=step.outputs._replace(logits=logits))
+
+    def _sample(self, step: ForwardStep, *, has_masks: bool) -> tuple[jax.Array, Logprobs | None]:
         """The tokens, and their log probabilities if a row asks for them."""
+        outputs, layout, rows = step.outputs, self._layouts[step.bucket].rows, step.rows
         wanted = layout.wanted_features(rows)
+        if has_masks:
+            wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
             return outputs.tokens, None
         features = feature_set(wanted)
@@ -348,6 +418,10 @@ class ModelRunner:
     @property
     def _vocab_size(self) -> int:
         return self.model_config.vocab_size
+
+    @property
+    def _num_mask_words(self) -> int:
+        return -(-self._vocab_size // 32)
 
     def _make_caches(self, num_pages: int) -> list[KVCache]:
         config, place = self.config, self._place

@@ -88,6 +88,13 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def mask_logits(logits: jax.Array, bitmask: jax.Array) -> jax.Array:
+    """Sets to -inf the f32[S, V] logits of tokens whose bits are not set in i32[S, ceil(V / 32)], lowest bit first."""
+    num_rows, vocab_size = logits.shape
+    allowed = (bitmask[:, :, None] >> jnp.arange(32)) & 1  # [S, V / 32, 32]
+    return jnp.where(allowed.reshape(num_rows, -1)[:, :vocab_size] == 1, logits, -jnp.inf)
+
+
 def feature_set(wanted: int) -> int:
     """The smallest of `FEATURE_SETS` that has all wanted features."""
     return next(features for features in FEATURE_SETS if not wanted & ~features)

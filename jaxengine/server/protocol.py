@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from jaxengine.engine.inputs import Prompt
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 from jaxengine.server.errors import APIError
+from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 TokenIds = list[Int32]
@@ -24,8 +25,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -198,6 +197,8 @@ class SamplingBody(Body):
 class GenerationBody(SamplingBody):
     """What completions and chat completions share."""
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream_options: StreamOptions | None = None
     n: Int32 = 1
     max_tokens: Int32 | None = None
@@ -217,6 +218,10 @@ class GenerationBody(SamplingBody):
             raise APIError(400, "stream_options: only with stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise APIError(400, "prompt_logprobs: only with stream=false", param="prompt_logprobs")
+
+    def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
+        form = structured_outputs(self.response_format, self.structured_outputs)
+        return super().make_params(default, structured_outputs=form, **decided)
 
 
 class CompletionBody(GenerationBody):

@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from jaxengine import LLM, BeamSearchParams, SamplingParams
+from jaxengine import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from jaxengine.runner.buckets import fitting, make_buckets, token_sizes
 
 
@@ -53,6 +53,7 @@ def test_no_compilation_after_warm_up(tiny):
             SamplingParams(temperature=0.5, repetition_penalty=1.2, presence_penalty=0.1, bad_words=["a b"], n=3),
             SamplingParams(temperature=0, logit_bias={5: 3.0}, min_tokens=4, allowed_token_ids=list(range(50))),
             SamplingParams(temperature=0, logits_processors=[even], max_tokens=5),
+            SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(regex="[a-z]+"), max_tokens=5),
         ]
         for _ in range(12):
             count = rng.randint(1, 30)

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxengine import LLM, SamplingParams
+from jaxengine import LLM, SamplingParams, StructuredOutputsParams
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.registry import model_class
 from jaxengine.models.weights import parameters
+from tests.conftest import write_byte_tokenizer
 
 MODELS = Path(__file__).parents[1] / "models" / "data"
 NUM_DEVICES = 4
@@ -45,6 +46,7 @@ CONFIG = {
     "num_key_value_heads": 4,
     "vocab_size": 4096,
     "max_position_embeddings": 64,
+    "eos_token_id": 1,
 }
 NUM_TOP = 5
 LARGEST_GATHERED = 32 * NUM_DEVICES * NUM_TOP
@@ -81,6 +83,7 @@ def test_the_sampler_answers_as_on_one_device_and_little_moves(tmp_path):
     one, four = run(str(tmp_path), [1, 4])
     assert four["token_ids"] == one["token_ids"]
     assert one["collectives"] == []
+    assert len(one["token_ids"][1]) == 13  # letters and the end
     gathered = [count for kind, count in four["collectives"] if kind != "all-reduce"]
     assert 0 < max(gathered) <= LARGEST_GATHERED < CONFIG["hidden_size"] ** 2
     assert "all-reduce" in {kind for kind, _ in four["collectives"]}
@@ -96,9 +99,10 @@ def write_random_checkpoint(folder: Path) -> None:
             tensors[name] = np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(size=shape, scale=0.1)
     save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_byte_tokenizer(folder)  # most of the vocabulary belongs to no token
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "tensor_parallel_size=0"), (64, "there are 1 devices")])
+@pytest.mark.parametrize(("size", "text"), [(0, "tensor_parallel_size=0"), (64, "needs 64 devices: there")])
 def test_wrong_sizes_are_refused(tiny, size, text):
     with pytest.raises(ValueError, match=text):
         LLM(str(tiny), tensor_parallel_size=size)
@@ -119,7 +123,7 @@ def collectives(llm: Any) -> list[tuple[str, int]]:
 def main(case: str, sizes: list[int]) -> None:
     models: dict[str, dict[str, Any]] = {"smollm2": {}}
     if os.path.isabs(case):
-        models[case] = {"model": case, "max_logprobs": NUM_TOP}
+        models[case] = {"model": case, "max_logprobs": NUM_TOP, "skip_tokenizer_init": False}
     prompts: Any = [{"prompt_token_ids": list(range(3, 3 + count))} for count in (9, 20)]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     if os.path.isabs(case):
@@ -135,8 +139,11 @@ def main(case: str, sizes: list[int]) -> None:
             ignore_eos=True,
             detokenize=False,
         )
+        of_letters = StructuredOutputsParams(regex="[a-z]{12}")
+        params = [params, SamplingParams(temperature=0, max_tokens=14, structured_outputs=of_letters)]
     for size in sizes:
-        with LLM(**models.get(case, {"model": str(MODELS / case)}), **ENGINE, tensor_parallel_size=size) as llm:
+        options = ENGINE | models.get(case, {"model": str(MODELS / case)})
+        with LLM(**options, tensor_parallel_size=size) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             answer = {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
             print(json.dumps(answer | {"collectives": collectives(llm)}), flush=True)

@@ -14,6 +14,7 @@ JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 USER = [{"role": "user", "content": "x"}]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
 LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": True}
 
 
@@ -59,7 +60,26 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
         ("chat/completions", {"messages": USER, "chat_template": "x"}, "chat_template", "--trust-request-chat-templ"),
         ("chat/completions", {"messages": [*USER, {"role": "assistant", "tool_calls": 5}]}, "messages", "a list"),
         ("tokenize", {"messages": USER, "tools": [TOOL]}, "tools", "no place"),
-        ("chat/completions", {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "not"),
+        ("chat/completions", {"messages": USER, "response_format": {"type": "xml"}}, "response_format", "json_object"),
+        (
+            "chat/completions",
+            {"messages": USER, "response_format": {"type": "json_schema"}},
+            "response_format",
+            "needs",
+        ),
+        ("completions", {"prompt": "x", "response_format": SCHEMA}, "structured_outputs", "Invalid type"),
+        ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed"),
+        ("completions", {"prompt": "x", "structured_outputs": {"grammar": "no"}}, "structured_outputs", "GBNF"),
+        ("completions", {"prompt": "x", "structured_outputs": {}}, "structured_outputs", "exactly one"),
+        ("completions", {"prompt": "x", "structured_outputs": {"choice": [1]}}, "structured_outputs", "string"),
+        ("completions", {"prompt": "x", "structured_outputs": {"xml": "a"}}, "structured_outputs", "no such field"),
+        ("completions", {"prompt": "x", "structured_outputs": {"json": "{"}}, "structured_outputs", "no JSON"),
+        (
+            "completions",
+            {"prompt": "x", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "response_format",
+            "exclude",
+        ),
         ("chat/completions", {"messages": USER, "top_logprobs": 2}, "top_logprobs", "logprobs=true"),
         ("chat/completions", {"messages": USER, "chat_template_kwargs": {"tokenize": True}}, None, "tokenize"),
         (

@@ -19,7 +19,14 @@ from jaxengine.outputs import CompletionOutput, RequestOutput
 
 NOT_FOR_A_SHELL = {
     EngineArgs: {"logits_processors"},
-    SamplingParams: {"logits_processors", "output_kind", "logit_bias", "extra_args", "bad_words_token_ids"},
+    SamplingParams: {
+        "logits_processors",
+        "output_kind",
+        "logit_bias",
+        "extra_args",
+        "bad_words_token_ids",
+        "structured_outputs",
+    },
 }
 SMALL = ["--max-model-len", "128", "--max-num-batched-tokens", "16"]
 

@@ -21,6 +21,7 @@ from jaxengine.sampling.sampler import (
     RANDOM,
     SamplingRows,
     feature_set,
+    mask_logits,
     sample,
 )
 from jaxengine.sampling.state import make_sampling_state, set_slot, slot_values
@@ -218,6 +219,19 @@ def test_a_greedy_row_among_random_ones_gets_its_argmax():
         _, drawn, _, _ = run_rows(rows, features=features)
         assert all(tokens[0] == np.argmax(logits[0]) for logits, _, tokens in drawn)
         assert any(tokens[1] != np.argmax(logits[1]) for logits, _, tokens in drawn)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 97])
+def test_masks_of_packed_bits(vocab_size):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, vocab_size)).astype(np.float32)
+    allowed = rng.random((5, vocab_size)) < 0.5
+    allowed[0] = True
+    bits = np.zeros((5, -(-vocab_size // 32) * 32), np.uint8)
+    bits[:, :vocab_size] = allowed
+    bitmask = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    masked = mask_logits(jnp.asarray(logits), jnp.asarray(bitmask))
+    np.testing.assert_array_equal(masked, np.where(allowed, logits, -np.inf))
 
 
 def test_the_smallest_sampler_is_chosen():

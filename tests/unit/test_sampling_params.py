@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxengine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from jaxengine.sampling_params import (
+    BeamSearchParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 
 def test_defaults_are_vllms():
@@ -82,6 +87,7 @@ INVALID: list[tuple[str, Any]] = [
     ("allowed_token_ids", []),
     ("allowed_token_ids", [1.5]),
     ("extra_args", [1]),
+    ("structured_outputs", "json"),
 ]
 
 
@@ -96,6 +102,32 @@ def test_error_names_field_and_value(field, value):
     fields: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"(?s){field}.*{re.escape(repr(shown))}"):
         SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of json, regex, choice, grammar, json_object, got none"),
+        ({"json_object": False}, "got none"),
+        ({"regex": "a", "choice": ["a"]}, r"got \['regex', 'choice'\]"),
+        ({"regex": ""}, "regex must be a string"),
+        ({"grammar": 3}, "grammar must be a string"),
+        ({"choice": []}, "at least one"),
+        ({"choice": "ab"}, "choice must be a list of strings"),
+        ({"choice": ["a", ""]}, "not empty"),
+        ({"json": "{"}, "json is no JSON"),
+        ({"json": "[" * 100_000}, "json is no JSON"),
+        ({"json": "3"}, "must be a JSON schema, an object, got '3'"),
+        ({"json": [1]}, "must be a JSON schema"),
+        ({"json_object": "yes"}, "json_object must be True"),
+        ({"json": {}, "disable_any_whitespace": 1}, "True or False"),
+        ({"regex": "a", "disable_additional_properties": True}, "for json and json_object only"),
+        ({"json": {}, "disable_any_whitespace": True, "whitespace_pattern": " "}, "exclude each other"),
+    ],
+)
+def test_structured_outputs_are_one_form(fields, message):
+    with pytest.raises(ValueError, match=f"structured_outputs.*{message}"):
+        StructuredOutputsParams(**fields)
 
 
 def test_unknown_fields_are_refused():

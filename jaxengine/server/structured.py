@@ -1,0 +1,68 @@
+"""How bodies ask for structured output: OpenAI's `response_format`, and vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxengine.sampling_params import StructuredOutputsParams
+from jaxengine.server.errors import APIError
+
+
+class JsonSchema(BaseModel):
+    """A named JSON schema. It is enforced whether it is called strict or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's form."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's form: the fields of `StructuredOutputsParams`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
+def structured_outputs(
+    response_format: ResponseFormat | None, options: StructuredOutputs | None
+) -> StructuredOutputsParams | None:
+    """What the two fields of a body ask for; None for any text.
+
+    Raises:
+        APIError: They do not fit together, or `json_schema` is missing.
+        ValueError: See `StructuredOutputsParams`.
+    """
+    wanted = None if options is None else StructuredOutputsParams(**options.model_dump(by_alias=True))
+    if response_format is None or response_format.type == "text":
+        return wanted
+    if wanted is not None:
+        raise APIError(400, "response_format and structured_outputs exclude each other", param="response_format")
+    if response_format.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    schema = response_format.json_schema and response_format.json_schema.schema_
+    if schema is None:
+        message = 'response_format: type "json_schema" needs json_schema with a schema'
+        raise APIError(400, message, param="response_format")
+    return StructuredOutputsParams(json=schema)

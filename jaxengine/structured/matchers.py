@@ -1,0 +1,97 @@
+"""The grammars of running requests: how far each output has come, and which tokens may come next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxengine.engine.request import Request
+from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+from jaxengine.structured.grammar import GrammarCompiler
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class TokenMasks(NamedTuple):
+    """What the grammars allow next, for the sequences of a batch.
+
+    Attributes:
+        bitmask: i32[S, ceil(V / 32)], bit `i % 32` of word `i / 32` is set where token `i` may come; all bits for
+            sequences without a grammar.
+        is_complete: bool[S], where nothing may come but the end of the output.
+    """
+
+    bitmask: np.ndarray
+    is_complete: np.ndarray
+
+
+class Matchers:
+    """One matcher a request, kept on the host: it follows the tokens that are kept, however often they are computed."""
+
+    def __init__(self, compiler: GrammarCompiler):
+        self._compiler = compiler
+        self._matchers: dict[Request, LLMatcher] = {}
+
+    def advance(self, request: Request, token_ids: Sequence[int]) -> bool:
+        """Takes tokens that a request has gained; False if its grammar does not allow them."""
+        matcher = self._matchers[request]
+        return all(
+            (token_id in request.stop_token_ids and matcher.is_accepting()) or matcher.consume_token(token_id)
+            for token_id in token_ids
+        )
+
+    def forget(self, request: Request) -> None:
+        """Drops the matcher of a request that has ended; it may have none."""
+        self._matchers.pop(request, None)
+
+    def masks(self, batch: ScheduledBatch) -> tuple[TokenMasks, dict[Request, str]]:
+        """Computes the masks of a batch whose earlier tokens are all known.
+
+        Returns:
+            The masks, in the order of `batch.sequences`; and the requests whose grammar has become too complex, which
+            must end, with the reasons.
+        """
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        bitmask = allocate_token_bitmask(len(batch.sequences), self._compiler.tokenizer.vocab_size)
+        is_complete = np.zeros(len(bitmask), bool)
+        rows = [
+            (row, sequence.request)
+            for row, sequence in enumerate(batch.sequences)
+            if is_constrained(sequence) and not sequence.request.status.is_finished
+        ]
+        failed: dict[Request, str] = {}
+        for row, request in rows:
+            matcher = self._matcher(request)
+            # One by one: handing some 10 us of work to llguidance's threads takes longer than to do it.
+            fill_next_token_bitmask(matcher, bitmask, row)
+            if matcher.is_error():
+                failed[request] = matcher.get_error()
+            elif matcher.is_accepting():
+                is_complete[row] = not _allow_stops(bitmask[row], request, self._compiler.tokenizer.eos_tokens)
+        return TokenMasks(bitmask, is_complete), failed
+
+    def _matcher(self, request: Request) -> LLMatcher:
+        if request not in self._matchers:
+            assert request.grammar is not None
+            self._matchers[request] = self._compiler.matcher(request.grammar)
+        return self._matchers[request]
+
+
+def is_constrained(sequence: ScheduledSequence) -> bool:
+    """Whether a grammar says which token a step may sample for a sequence."""
+    return sequence.samples and sequence.request.grammar is not None
+
+
+def _allow_stops(words: np.ndarray, request: Request, eos_token_ids: Sequence[int]) -> bool:
+    """Sets the bits of a request's own stop tokens, which no grammar knows; returns whether others are left."""
+    bits = words.view(np.uint32)
+    for token_id in request.stop_token_ids:
+        bits[token_id // 32] |= np.uint32(1 << token_id % 32)
+    others = bits.copy()
+    for token_id in (*request.stop_token_ids, *eos_token_ids):
+        others[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return bool(others.any())
