@@ -64,7 +64,8 @@ def make_step(
         num_seqs = layout.bucket.num_seqs
         first = inputs.token_ids[:num_seqs]
         first = jnp.where(first < 0, state.last_token[rows.slot], first)
-        token_ids = inputs.token_ids.at[:num_seqs].set(first)
+        # Not `.at[:num_seqs].set`, which crashes jaxlib 0.11.2 under `shard_map` over the data axis.
+        token_ids = jnp.concatenate([first, inputs.token_ids[num_seqs:]])
         hidden, caches = lm(token_ids, inputs.positions, caches, inputs.meta)  # [T, D]
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
         if not full:
