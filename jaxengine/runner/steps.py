@@ -60,7 +60,8 @@ def make_forward(model: FlatModel, layout: PackedLayout):
         num_seqs = layout.bucket.num_seqs
         first = inputs.token_ids[:num_seqs]
         first = jnp.where(first < 0, last_token[inputs.rows.slot], first)
-        token_ids = inputs.token_ids.at[:num_seqs].set(first)
+        # Not `.at[:num_seqs].set`, which crashes jaxlib 0.11.2 under `shard_map` over the data axis.
+        token_ids = jnp.concatenate([first, inputs.token_ids[num_seqs:]])
         hidden, caches = lm(token_ids, inputs.positions, caches, inputs.meta)  # [T, D]
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
         tokens = greedy(logits)
