@@ -15,7 +15,7 @@ from jaxengine.outputs import CompletionOutput, Logprob, TokenLogprobDict
 from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
 from jaxengine.server.parsing.tool_calls import ToolCall
-from jaxengine.server.protocol import ChatBody, offered_tools
+from jaxengine.server.protocol import ChatBody, ToolUse, tool_use
 from jaxengine.server.state import ServerState
 
 router = APIRouter()
@@ -28,13 +28,14 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     llm = server.llm
     model = server.model_name(body.model)
     body.check()
-    tools = offered_tools(body.tools, body.tool_choice, auto=server.settings.enable_auto_tool_choice)
-    params = body.sampling_params(llm.default_sampling_params(), **server.parsed_text_options(tools=bool(tools)))
+    parallel, auto = body.parallel_tool_calls, server.settings.enable_auto_tool_choice
+    use = tool_use(body.tools, body.tool_choice, parallel=parallel, auto=auto)
+    params = body.sampling_params(llm.default_sampling_params(), **server.text_options(use))
     call_id, request_id = call_ids(request, "chatcmpl")
-    call = _Call(call_id, body, model, server, bool(tools))
+    call = _Call(call_id, body, model, server, use)
 
     def process() -> list[ProcessedInput]:
-        shown = [tool.shown() for tool in tools]
+        shown = [tool.shown() for tool in use.tools]
         text = server.render_chat(body.messages, tools=shown, **body.template_options())
         prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
         process_one = llm.input_processor.process_one
@@ -48,15 +49,15 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 class _Call:
     """One call of the endpoint, whose answer is made as outputs come."""
 
-    def __init__(self, call_id: str, body: ChatBody, model: str, server: ServerState, tools: bool):
-        self._body, self._server, self._tools = body, server, tools
+    def __init__(self, call_id: str, body: ChatBody, model: str, server: ServerState, use: ToolUse):
+        self._body, self._server, self._use = body, server, use
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = {"id": call_id, "object": kind, "created": int(time.time()), "model": model}
         self._usage = Usage()
 
     def _parser(self, processed: list[ProcessedInput]) -> AnswerParser:
         max_calls = None if self._body.parallel_tool_calls else 1
-        return self._server.answer_parser(processed[0].prompt_text, tools=self._tools, max_calls=max_calls)
+        return self._server.answer_parser(processed[0].prompt_text, self._use, max_calls=max_calls)
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
         """The whole answer."""

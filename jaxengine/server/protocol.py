@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxengine.engine.inputs import Prompt
-from jaxengine.sampling_params import RequestOutputKind, SamplingParams
+from jaxengine.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from jaxengine.server.errors import APIError
 from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
 
@@ -126,32 +127,64 @@ class NamedTool(Inner):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def offered_tools(tools: list[Tool], choice: ToolChoice | None, *, auto: bool) -> list[Tool]:
-    """The tools that the model is told of, and may call if it wants.
+@dataclass(frozen=True)
+class ToolUse:
+    """What tools mean for an answer.
+
+    Attributes:
+        tools: Those that the model is told of, and may call.
+        form: What the answer must look like where calls are forced: a list of them in JSON; None where they are not.
+    """
+
+    tools: list[Tool]
+    form: StructuredOutputsParams | None = None
+
+
+def tool_use(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool, auto: bool) -> ToolUse:
+    """What a request makes of its tools.
 
     Args:
         tools: Those of the request.
         choice: Its `tool_choice`; by default "auto" if there are tools.
+        parallel: Whether an answer may have several calls.
         auto: Whether the server can find calls in what the model writes.
 
     Raises:
-        APIError: The choice does not fit; or a call is to be forced, which needs constrained decoding.
+        APIError: The choice does not fit.
     """
     choice = choice or ("auto" if tools else "none")
-    name = choice.function.name if isinstance(choice, NamedTool) else None
-    if name is not None and name not in [tool.function.name for tool in tools]:
-        raise APIError(400, f"tool_choice: {name!r} is none of the tools", param="tool_choice")
-    if choice == "required" and not tools:
-        raise APIError(400, "tool_choice: 'required' needs tools", param="tool_choice")
-    if choice not in ("none", "auto"):
-        message = "tool_choice: a call cannot be forced, as this server has no structured output yet; use 'auto'"
-        raise APIError(400, message, param="tool_choice", code="unsupported_value")
+    if isinstance(choice, NamedTool):
+        called = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not called:
+            raise APIError(400, f"tool_choice: {choice.function.name!r} is none of the tools", param="tool_choice")
+        return ToolUse(tools, _calls_of(called, max_calls=1))
+    if choice == "required":
+        if not tools:
+            raise APIError(400, "tool_choice: 'required' needs tools", param="tool_choice")
+        return ToolUse(tools, _calls_of(tools, max_calls=None if parallel else 1))
     if choice == "none" or not tools:
-        return []
+        return ToolUse([])
     if not auto:
         message = "tools: this server was started without --enable-auto-tool-choice and --tool-call-parser"
         raise APIError(400, message, param="tools", code="unsupported_field")
-    return tools
+    return ToolUse(tools)
+
+
+def _calls_of(tools: list[Tool], max_calls: int | None) -> StructuredOutputsParams:
+    """A JSON list of at least one call of these tools, as their schemas have it."""
+    definitions: dict[str, Any] = {}
+    calls = []
+    for tool in tools:
+        schema: dict[str, Any] = {"type": "object"} | (tool.function.parameters or {})
+        for name, definition in schema.pop("$defs", {}).items():  # references look for them in the whole schema
+            if definitions.setdefault(name, definition) != definition:
+                raise APIError(400, f"tools: two differ in what $defs/{name} is", param="tools")
+        fields = {"name": {"const": tool.function.name}, "parameters": schema}
+        calls.append({"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False})
+    whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    whole |= {"$defs": definitions} if definitions else {}
+    whole |= {"maxItems": max_calls} if max_calls is not None else {}
+    return StructuredOutputsParams(json=whole, disable_any_whitespace=True)
 
 
 class SamplingBody(Body):
@@ -221,7 +254,9 @@ class GenerationBody(SamplingBody):
 
     def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
         form = structured_outputs(self.response_format, self.structured_outputs)
-        return super().make_params(default, structured_outputs=form, **decided)
+        if form is not None and "structured_outputs" in decided:
+            raise APIError(400, "tool_choice: a forced call has a form of its own", param="tool_choice")
+        return super().make_params(default, **{"structured_outputs": form} | decided)
 
 
 class CompletionBody(GenerationBody):

@@ -21,7 +21,7 @@ from jaxengine.server.errors import APIError
 from jaxengine.server.generation import Usage, generate, json_response
 from jaxengine.server.parsing.answer import Part, Reasoning
 from jaxengine.server.parsing.tool_calls import ToolCall
-from jaxengine.server.protocol import offered_tools
+from jaxengine.server.protocol import ToolUse, tool_use
 from jaxengine.server.responses_protocol import ITEMS, ResponsesBody, chat_messages
 from jaxengine.server.state import ServerState
 
@@ -45,16 +45,18 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     if body.previous_response_id is not None:
         earlier = _stored(server, body.previous_response_id, 400, "previous_response_id")["items"]
     tools = [tool.as_tool() for tool in body.tools]
-    offered = offered_tools(tools, body.chat_tool_choice(), auto=server.settings.enable_auto_tool_choice)
-    options = server.parsed_text_options(tools=bool(offered))
-    params = body.make_params(llm.default_sampling_params(), max_tokens=body.max_output_tokens, **options)
-    call = _Call(body, model, server, params, earlier)
+    parallel, auto = body.parallel_tool_calls, server.settings.enable_auto_tool_choice
+    use = tool_use(tools, body.chat_tool_choice(), parallel=parallel, auto=auto)
+    params = body.make_params(
+        llm.default_sampling_params(), max_tokens=body.max_output_tokens, **server.text_options(use)
+    )
+    call = _Call(body, model, server, params, earlier, use)
     call.check()
 
     def process() -> list[ProcessedInput]:
         text = server.render_chat(
             chat_messages(body.instructions, [*ITEMS.validate_python(earlier), *body.input]),
-            tools=[tool.shown() for tool in offered],
+            tools=[tool.shown() for tool in use.tools],
             chat_template=body.chat_template,
             chat_template_kwargs=body.chat_template_kwargs,
         )
@@ -105,11 +107,17 @@ class _Call:
     """One call of the endpoint: the response object, as it grows, and the events that tell of it."""
 
     def __init__(
-        self, body: ResponsesBody, model: str, server: ServerState, params: SamplingParams, earlier: list[Any]
+        self,
+        body: ResponsesBody,
+        model: str,
+        server: ServerState,
+        params: SamplingParams,
+        earlier: list[Any],
+        use: ToolUse,
     ):
         """Args: earlier: Items of the conversation before those of the body."""
         self.id = f"resp_{uuid.uuid4().hex}"
-        self._body, self._server = body, server
+        self._body, self._server, self._use = body, server, use
         self._items = [*earlier, *(item.model_dump(exclude_none=True) for item in body.input)]
         self._num_events = 0
         self._output: list[dict[str, Any]] = []
@@ -149,7 +157,7 @@ class _Call:
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[Event]:
         """The events of a stream. Objects in them grow on after the next one is asked for."""
         max_calls = None if self._body.parallel_tool_calls else 1
-        parser = self._server.answer_parser(processed[0].prompt_text, tools=self._may_call, max_calls=max_calls)
+        parser = self._server.answer_parser(processed[0].prompt_text, self._use, max_calls=max_calls)
         usage, finish_reason = Usage(), None
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)
@@ -167,10 +175,6 @@ class _Call:
             yield event
         await self._finish(finish_reason, usage)
         yield self._event(f"response.{self._response['status']}", response=self._response)
-
-    @property
-    def _may_call(self) -> bool:
-        return bool(self._body.tools) and self._body.tool_choice != "none"
 
     def _event(self, kind: str, **fields: Any) -> Event:
         event = {"type": kind, "sequence_number": self._num_events, **fields}

@@ -15,7 +15,8 @@ from jaxengine.server.errors import APIError
 from jaxengine.server.observe import Observer
 from jaxengine.server.parsing.answer import AnswerParser
 from jaxengine.server.parsing.reasoning import REASONING_STYLES, ReasoningParser
-from jaxengine.server.parsing.tool_calls import TOOL_PARSERS
+from jaxengine.server.parsing.tool_calls import TOOL_PARSERS, JSONParser
+from jaxengine.server.protocol import ToolUse
 from jaxengine.server.response_store import ResponseStore
 
 
@@ -160,12 +161,16 @@ class ServerState:
         template = chat_template or self.settings.chat_template
         return render_chat(self.tokenizer, messages, tools=tools, chat_template=template, **options)
 
-    def parsed_text_options(self, *, tools: bool) -> dict[str, Any]:
+    def text_options(self, use: ToolUse) -> dict[str, Any]:
         """Sampling parameters for text that is parsed: in many models what marks calls and reasoning is special."""
-        return {"skip_special_tokens": False} if tools or self.settings.reasoning_parser else {}
+        if use.form is not None:
+            return {"structured_outputs": use.form}
+        return {"skip_special_tokens": False} if use.tools or self.settings.reasoning_parser else {}
 
-    def answer_parser(self, prompt: str | None, *, tools: bool, max_calls: int | None) -> AnswerParser:
-        """A parser of one completion of a prompt. Args: tools: Whether the model may call any."""
+    def answer_parser(self, prompt: str | None, use: ToolUse, *, max_calls: int | None) -> AnswerParser:
+        """A parser of one completion of a prompt."""
+        if use.form is not None:
+            return AnswerParser(None, JSONParser(), max_calls)
         style, calls = self.settings.reasoning_parser, self.settings.tool_call_parser
         reasoning = None if style is None else ReasoningParser(REASONING_STYLES[style], prompt or "")
-        return AnswerParser(reasoning, TOOL_PARSERS[calls]() if tools and calls else None, max_calls)
+        return AnswerParser(reasoning, TOOL_PARSERS[calls]() if use.tools and calls else None, max_calls)

@@ -48,7 +48,7 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
         ("chat/completions", {"messages": USER, "tools": [{"type": "function"}]}, "tools", "tools.0.function"),
         ("chat/completions", {"messages": USER, "tools": [TOOL]}, "tools", "--enable-auto-tool-choice"),
-        ("chat/completions", {"messages": USER, "tools": [TOOL], "tool_choice": "required"}, "tool_choice", "forced"),
+        ("chat/completions", {"messages": USER, "tools": [TOOL], "tool_choice": "required"}, "tools", "no place"),
         ("chat/completions", {"messages": USER, "tool_choice": "required"}, "tool_choice", "needs tools"),
         (
             "chat/completions",

@@ -97,8 +97,43 @@ def test_without_tools_calls_are_text(client):
         (choice,) = ask(client, "call", **fields).choices
         assert choice.message.content.startswith("Let me see.\n<tool_call>")
         assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
-    with pytest.raises(BadRequestError, match="forced"):
-        ask(client, "call", tool_choice="required")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_can_be_forced(client, stream):
+    """Whatever the model would have written, with parameters as the schema has them."""
+    referring = {"type": "object", "properties": {"at": {"$ref": "#/$defs/place"}}, "required": ["at"]}
+    referring |= {"$defs": {"place": {"enum": ["here", "there"]}}, "additionalProperties": False}
+    schemas = {"go": referring, "halt": {"type": "object", "properties": {}, "additionalProperties": False}}
+    tools = [{"type": "function", "function": {"name": n, "parameters": schema}} for n, schema in schemas.items()]
+    named = {"type": "function", "function": {"name": "go"}}
+    fields = {"tools": tools, "temperature": 1.0, "max_tokens": 400}
+    for choice, names in ((named, {"go"}), ("required", set(schemas))):
+        options = fields | {"tool_choice": choice, "parallel_tool_calls": False, "stream": stream}
+        answer = ask(client, "text", seed=1, **options)
+        if stream:
+            deltas = [chunk.choices[0] for chunk in answer if chunk.choices]
+            found = [call for choice in deltas for call in choice.delta.tool_calls or []]
+            reasons, content = [choice.finish_reason for choice in deltas], [choice.delta.content for choice in deltas]
+            assert (reasons[-1], "".join(filter(None, content))) == ("tool_calls", "")
+        else:
+            assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("tool_calls", None)
+            found = answer.choices[0].message.tool_calls
+        (call,) = found
+        assert call.function.name in names
+        if call.function.name == "go":
+            assert json.loads(call.function.arguments)["at"] in ("here", "there")
+
+
+def test_forced_calls_that_do_not_fit(client):
+    conflicting = [
+        {"type": "function", "function": {"name": name, "parameters": {"$defs": {"x": {"type": kind}}}}}
+        for name, kind in (("a", "string"), ("b", "number"))
+    ]
+    with pytest.raises(BadRequestError, match="two differ"):
+        ask(client, "text", tools=conflicting, tool_choice="required")
+    with pytest.raises(BadRequestError, match="a form of its own"):
+        ask(client, "text", tool_choice="required", response_format={"type": "json_object"})
 
 
 def test_answers_of_tools_go_back(client, scripted_server):

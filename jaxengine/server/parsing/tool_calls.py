@@ -185,6 +185,12 @@ class ToolParser:
             self._fresh = self._fresh and text.isspace()
 
 
+class JSONParser(ToolParser):
+    """A list of calls in JSON and nothing else: what calls that are forced look like."""
+
+    leading = ("[",)
+
+
 class HermesParser(ToolParser):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes 2 Pro and 3, Qwen 2.5 and 3."""
 
