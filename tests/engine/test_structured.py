@@ -97,7 +97,7 @@ TINY = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_ba
 def test_every_text_parses(tiny, options):
     prompt = {"prompt_token_ids": list(range(60, 90))}  # in two chunks
     with LLM(str(tiny), **TINY, **options) as llm:
-        for temperature in (0.0, 1.0, 20.0):
+        for temperature in (1.0,) if options else (0.0, 1.0, 20.0):
             assert check(llm, prompt, temperature, 2, 120) >= 0.5  # it repeats itself
         preemptions = next(m.value for m in llm.get_metrics() if m.name == "jaxengine:num_preemptions")
         assert (preemptions > 0) == ("num_gpu_blocks_override" in options)
@@ -116,7 +116,7 @@ def test_outputs_do_not_depend_on_scheduling(tiny):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_every_text_of_the_real_model_parses(smollm2, temperature):
     assert check(smollm2, "Answer briefly, in the right form:", temperature, 1, 60) >= 0.5
 

@@ -14,7 +14,7 @@ LINKED = ("models", "pallas_kernels", "sharding")
 # Each part may import itself, PLAIN and the parts named here.
 PLAIN = {"config", "sampling_params", "outputs", "__init__"}
 MODELS = {"models", "pallas_kernels", "sharding"}
-RUNNER = {"runner", "sampling", "scheduler", *MODELS}
+RUNNER = {"structured", "runner", "sampling", "scheduler", *MODELS}
 ENGINE = {"engine", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
 ALLOWED = {
     "__init__": {"engine_args", "llm"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "sampling": MODELS,
     "kv_cache": set(),
     "scheduler": {"kv_cache"},
+    "structured": {"scheduler"},
     "loading": MODELS,
     "runner": RUNNER,
     "engine_args": {"loading", "models", "pallas_kernels", "runner"},
