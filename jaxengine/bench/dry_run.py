@@ -9,10 +9,9 @@ from jaxengine.bench.latency import DecodeWindow, run_steps
 from jaxengine.bench.throughput import request_params
 from jaxengine.bench.workloads import Workload
 from jaxengine.engine.core import EngineCore
-from jaxengine.kv_cache.manager import KVCacheManager
 from jaxengine.runner.step_handle import ShardResult, StepShape
-from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
-from jaxengine.scheduler.shards import ShardedScheduler
+from jaxengine.scheduler.scheduler import ScheduledBatch
+from jaxengine.scheduler.shards import make_scheduler
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
@@ -34,12 +33,7 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
     """
     engine = llm.llm_engine
     config, runner = engine.config, _Recorder()
-    num_pages = engine.core.runner.num_pages
-    caches = [
-        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching)
-        for _ in range(config.data_parallel_size)
-    ]
-    scheduler = ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])
+    scheduler = make_scheduler(config, engine.core.runner.num_pages)
     core = EngineCore(scheduler, runner, engine.core.grammars)  # pyright: ignore[reportArgumentType]
     for index, (prompt, output_len) in enumerate(workload.requests):
         params = request_params(output_len, detokenize=False)
@@ -51,8 +45,8 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
             f"{workload.name}: {window.num_seqs} requests never decode {window.num_steps} tokens together with "
             f"max_model_len={config.scheduler.max_model_len}, max_num_seqs={config.scheduler.max_num_seqs}, "
             f"max_num_batched_tokens={config.scheduler.max_num_batched_tokens} and a KV cache of "
-            f"{num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or output_len, or "
-            "raise what is too small"
+            f"{engine.core.runner.num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or "
+            "output_len, or raise what is too small"
         )
     return runner.shapes
 

@@ -31,11 +31,9 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
         ValueError: A value that the model or the memory does not allow, or weights that do not fit the model.
     """
     set_up_compilation_cache(args.compilation_cache_dir)
-    from jaxengine.kv_cache.manager import KVCacheManager
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.model_runner import ModelRunner
-    from jaxengine.scheduler.scheduler import Scheduler
-    from jaxengine.scheduler.shards import ShardedScheduler
+    from jaxengine.scheduler.shards import make_scheduler
     from jaxengine.sharding.mesh import make_mesh
 
     config = args.resolve(checkpoint)
@@ -53,12 +51,8 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
         except BaseException:
             runner.close()
             raise
-    caches = [
-        KVCacheManager(runner.num_pages, config.block_size, config.enable_prefix_caching) for _ in range(num_shards)
-    ]
-    scheduler = ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])
     grammars = GrammarCompiler(get_tokenizer, config.model.vocab_size, eos_token_ids(checkpoint))
-    return EngineCore(scheduler, runner, grammars)
+    return EngineCore(make_scheduler(config, runner.num_pages), runner, grammars)
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:

@@ -171,9 +171,9 @@ class ModelRunner:
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
-        return self._lower(key, self.num_pages).compile(self._compiler_options())
+        return self._lower(key).compile(self._compiler_options())
 
-    def _lower(self, key: ProgramKey, num_pages: int) -> jax.stages.Lowered:
+    def _lower(self, key: ProgramKey) -> jax.stages.Lowered:
         place, num_top = self._place, self.config.max_logprobs
         leaves = list(map(abstract, self._flat.leaves, self._leaf_places))
         state, last_token = self._abstract_state()
@@ -185,7 +185,7 @@ class ModelRunner:
             case Bucket():
                 layout = self._layouts[key]
                 function, shared, donated = make_forward(self._flat, layout), (0,), (1, 2)
-                caches = jax.eval_shape(lambda: self._make_caches(num_pages))
+                caches = jax.eval_shape(self._make_caches)
                 caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
                 args = leaves, caches, last_token, self._own((layout.size,))
                 carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
@@ -262,9 +262,9 @@ class ModelRunner:
 
     def compile_ahead(self, shapes: Iterable[StepShape]) -> list[ProgramKey]:
         """Queues the model's parts of greedy steps of these shapes, and returns their keys."""
-        keys = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
+        keys: list[ProgramKey] = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
         self._compiler.add(keys)
-        return list(keys)
+        return keys
 
     def wait_until_compiled(self, keys: Iterable[ProgramKey]) -> None:
         """Waits for programs that were queued.
@@ -423,10 +423,10 @@ class ModelRunner:
     def _num_mask_words(self) -> int:
         return -(-self._vocab_size // 32)
 
-    def _make_caches(self, num_pages: int) -> list[KVCache]:
+    def _make_caches(self) -> list[KVCache]:
         config, place = self.config, self._place
         num_caches = 1 if self._is_stacked else config.model.num_layers
-        num_pages = place.num_shards * num_pages * config.model.num_layers // num_caches
+        num_pages = place.num_shards * self.num_pages * config.model.num_layers // num_caches
         where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
         return [make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)]
 
@@ -440,7 +440,7 @@ class ModelRunner:
         return list(map(jax.device_put, leaves, self._leaf_places))
 
     def _allocate(self) -> None:
-        self._caches = self._make_caches(self.num_pages)
+        self._caches = self._make_caches()
         state, last_token = self._abstract_state()
         places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self._place.mesh is not None else None
         make = jax.jit(lambda: (self._make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places)

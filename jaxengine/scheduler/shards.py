@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxengine.kv_cache.manager import KVCacheManager
 from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
 
 if TYPE_CHECKING:
-    from jaxengine.config import SchedulerConfig
+    from jaxengine.config import EngineConfig, SchedulerConfig
     from jaxengine.engine.request import Request, RequestStatus
 
 AFFINITY = 4
@@ -113,3 +114,12 @@ class ShardedScheduler:
         _, num_cached = shard.kv_cache.get_computed_pages(request)
         share = num_cached / max(request.num_prompt_tokens, 1)
         return shard.num_running + shard.num_waiting - AFFINITY * share, self._num_tokens_given[index]
+
+
+def make_scheduler(config: EngineConfig, num_pages: int) -> ShardedScheduler:
+    """The scheduler of an engine whose shards have so many pages each."""
+    caches = [
+        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching)
+        for _ in range(config.data_parallel_size)
+    ]
+    return ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])
