@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
             del os.environ[name.upper()]
         else:
             os.environ[name.upper()] = value
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """A command run in the tests' process (`--quiet`) sets what is logged; the next test has the default again."""
+    logger = logging.getLogger("jaxengine")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")
