@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 
 from jaxengine.server.protocol import FunctionName, Inner, NamedTool, SamplingBody, Tool, ToolChoice
 
@@ -19,6 +19,14 @@ class TextPart(Inner):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+
+
+# Text alone stands for one part of it.
+TextParts = Annotated[list[TextPart], BeforeValidator(_as_parts)]
 
 
 class ReasoningPart(Inner):
@@ -40,13 +48,8 @@ class MessageItem(Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: list[TextPart]
+    content: TextParts
     phase: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_parts(cls, value: Any) -> Any:
-        return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
 class FunctionCallItem(Item):
@@ -63,12 +66,7 @@ class FunctionCallOutputItem(Item):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: list[TextPart]
-
-    @field_validator("output", mode="before")
-    @classmethod
-    def _as_parts(cls, value: Any) -> Any:
-        return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+    output: TextParts
 
 
 class ReasoningItem(Item):
