@@ -21,7 +21,7 @@ from jaxengine.runner.step_handle import StepShape
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
-    from jaxengine.runner.model_runner import ProgramKey
+    from jaxengine.runner.programs import ProgramKey
 
 FIRST_TOKEN_RUNS = 5
 """Runs of a single request, of which the median counts: each takes milliseconds."""

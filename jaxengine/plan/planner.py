@@ -121,7 +121,8 @@ def make_plan(
     """
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.memory import page_bytes
-    from jaxengine.runner.model_runner import ModelRunner, SamplerKey, temporary_bytes
+    from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.runner.programs import SamplerKey, temporary_bytes
     from jaxengine.sampling.sampler import EVERY_FEATURE
     from jaxengine.sharding.mesh import make_mesh
 
@@ -165,7 +166,7 @@ def _main_buckets(buckets: list[Bucket]) -> list[Bucket]:
 
 
 def _plan_step(runner: ModelRunner, bucket: Bucket, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
-    from jaxengine.runner.model_runner import temporary_bytes
+    from jaxengine.runner.programs import temporary_bytes
 
     started = time.perf_counter()
     compiled = runner.compile_program(bucket)

@@ -24,6 +24,14 @@ from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, RowLayout, SlotTable, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
+from jaxengine.runner.programs import (
+    MaskKey,
+    ProgramKey,
+    PromptLogprobsKey,
+    SamplerKey,
+    SetSlotKey,
+    temporary_bytes,
+)
 from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
 from jaxengine.runner.steps import FlatModel, ForwardOutputs, make_forward, make_prompt_logprobs, make_sampler
 from jaxengine.sampling.logprobs import Logprobs
@@ -52,38 +60,6 @@ MAX_LOGITS_PROCESSORS = 31
 MAX_STRETCH = 4
 # What "lazy" compiles ahead: the first small bucket, and the decode of one request.
 LAZY_SHAPES = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerKey:
-    """One compiled sampler."""
-
-    num_seqs: int
-    features: int
-    processors: tuple[LogitsProcessor, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskKey:
-    """What applies the masks of grammars to the logits of so many sequences."""
-
-    num_seqs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptLogprobsKey:
-    """The compiled log probabilities of prompts in steps of so many tokens."""
-
-    num_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class SetSlotKey:
-    """What initialises a row of the sampler's state."""
-
-
-# Buckets stand for the model's part of a step.
-ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
 
 
 class ForwardStep(NamedTuple):
@@ -479,18 +455,6 @@ class ModelRunner:
         self._compiler.close()
         if self._leaves is not None:
             self.sleep(2)
-
-
-def temporary_bytes(program: jax.stages.Compiled) -> int:
-    """Memory of one device that a program needs beside its arguments.
-
-    Raises:
-        RuntimeError: The backend does not tell.
-    """
-    memory = program.memory_analysis()
-    if memory is None:
-        raise RuntimeError("this backend does not tell a program's memory: give kv_cache_memory_bytes")
-    return memory.temp_size_in_bytes + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
 
 
 def _set_own_slot(state: SamplingState, slots: jax.Array, values: SlotValues) -> SamplingState:

@@ -1,7 +1,7 @@
 """How the memory beside the KV cache is found."""
 
 from jaxengine import LLM
-from jaxengine.runner.model_runner import SamplerKey, temporary_bytes
+from jaxengine.runner.programs import SamplerKey, temporary_bytes
 from jaxengine.sampling.sampler import EVERY_FEATURE
 from tests.conftest import SMALL_ENGINE, write_tiny_model
 
