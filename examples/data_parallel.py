@@ -24,7 +24,9 @@ PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time", "1,
 def run_rank(args: argparse.Namespace) -> None:
     group = DataParallelGroup()
     prompts = group.part(PROMPTS)
-    print(f"rank {group.rank} of {group.size}: {len(prompts)} prompts", flush=True)
+    # One write, line end and all: print() makes two where output is unbuffered, and ranks would mix their lines.
+    sys.stdout.write(f"rank {group.rank} of {group.size}: {len(prompts)} prompts\n")
+    sys.stdout.flush()
     results = []
     if prompts:
         with LLM(args.model, tensor_parallel_size=args.tp_size, max_model_len=512, warmup="lazy") as llm:
