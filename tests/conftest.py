@@ -27,10 +27,14 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every engine of the session, and of the processes it starts, compiles a step only once."""
-    folder = tmp_path_factory.mktemp("compilation-cache")
+    """Every engine of the session, of its other workers and of the processes it starts compiles a step only once."""
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "compilation-cache"
+    folder.mkdir(exist_ok=True)
     settings = {
         "jax_compilation_cache_dir": str(folder),
+        # JAX locks the folder only where its size is limited; else one process reads what another is still writing.
+        "jax_compilation_cache_max_size": 20 * 2**30,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -45,6 +45,8 @@ def tiny_reference(tiny):
 
 
 LLM_VOCAB = 200
+FEW_PAGES = {"num_gpu_blocks_override": 24, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+"""Requests are preempted all the time. Few shapes, since a cache of another size has programs of its own."""
 
 
 @pytest.mark.parametrize(
@@ -55,12 +57,12 @@ LLM_VOCAB = 200
         {"max_num_batched_tokens": 64},
         {"max_num_batched_tokens": 16, "max_num_seqs": 16},
         {"max_num_batched_tokens": 512},
-        {"num_gpu_blocks_override": 24},
-        {"num_gpu_blocks_override": 24, "enable_prefix_caching": False, "async_scheduling": False},
+        FEW_PAGES,
+        FEW_PAGES | {"enable_prefix_caching": False, "async_scheduling": False},
         {"async_scheduling": False},
-        {"block_size": 32, "num_gpu_blocks_override": 300},
+        {"block_size": 32, "num_gpu_blocks_override": 300, "max_num_seqs": 16, "max_num_batched_tokens": 64},
         {"enable_chunked_prefill": False},
-        {"scheduling_policy": "priority", "num_gpu_blocks_override": 24},
+        FEW_PAGES | {"scheduling_policy": "priority"},
         {"long_prefill_token_threshold": 10},
     ],
     ids=str,
