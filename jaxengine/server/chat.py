@@ -17,6 +17,7 @@ from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
 from jaxengine.server.parsing.tool_calls import ToolCall
 from jaxengine.server.protocol import ChatBody, ToolUse, tool_use
 from jaxengine.server.state import ServerState
+from jaxengine.server.structured import form_from
 
 router = APIRouter()
 
@@ -38,8 +39,9 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         shown = [tool.shown() for tool in use.tools]
         text = server.render_chat(body.messages, tools=shown, **body.template_options())
         prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
-        process_one = llm.input_processor.process_one
-        return [process_one(request_id, prompt, params, body.priority, arrival_time=time.time())]
+        with form_from("tools" if use.form else body.form_field):
+            process_one = llm.input_processor.process_one
+            return [process_one(request_id, prompt, params, body.priority, arrival_time=time.time())]
 
     if body.stream:
         return await generate(request, params.n, process, events=call.events)
@@ -57,7 +59,7 @@ class _Call:
 
     def _parser(self, processed: list[ProcessedInput]) -> AnswerParser:
         max_calls = None if self._body.parallel_tool_calls else 1
-        return self._server.answer_parser(processed[0].prompt_text, self._use, max_calls=max_calls)
+        return self._server.answer_parser(processed[0], self._use, max_calls=max_calls)
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
         """The whole answer."""

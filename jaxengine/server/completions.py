@@ -15,6 +15,7 @@ from jaxengine.outputs import CompletionOutput, RequestOutput, TokenLogprobDict
 from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.protocol import CompletionBody
 from jaxengine.server.state import ServerState
+from jaxengine.server.structured import form_from
 
 router = APIRouter()
 
@@ -30,13 +31,14 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     call = _Call(call_id, server, body, model)
 
     def process() -> list[ProcessedInput]:
-        return server.llm.input_processor.process_batch(
-            prompts,
-            params,
-            request_ids=lambda place: f"{request_id}-{place}",
-            priority=body.priority,
-            arrival_time=time.time(),
-        )
+        with form_from(body.form_field):
+            return server.llm.input_processor.process_batch(
+                prompts,
+                params,
+                request_ids=lambda place: f"{request_id}-{place}",
+                priority=body.priority,
+                arrival_time=time.time(),
+            )
 
     num_completions = len(prompts) * params.n
     if body.stream:

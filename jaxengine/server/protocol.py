@@ -37,7 +37,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "verbosity": ("medium",),
-    "text": ({}, {"format": {"type": "text"}}),
     "reasoning": ({},),
     "include": ([],),
     "background": (False,),
@@ -213,17 +212,34 @@ class SamplingBody(Body):
     priority: Int32 = 0
     cache_salt: str | None = None
 
+    @property
+    def form_field(self) -> str:
+        """The field that asks for the form of the text."""
+        raise NotImplementedError
+
+    def form(self) -> StructuredOutputsParams | None:
+        """The form that the text is to have; None for any.
+
+        Raises:
+            APIError, ValueError: Fields of it are wrong or do not fit together.
+        """
+        raise NotImplementedError
+
     def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
         """Makes parameters: `decided`, then what the body gives, then the model's recommendations.
 
         Raises:
+            APIError: A forced call and another form are both asked for.
             ValueError: A value is out of range.
         """
+        form = self.form()
+        if form is not None and "structured_outputs" in decided:
+            raise APIError(400, "tool_choice: a forced call has a form of its own", param="tool_choice")
         names = {name for name in SamplingParams.__dataclass_fields__ if name in type(self).model_fields}
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         recommended = {name: getattr(default, name) for name in _OF_MODEL}
-        fields: dict[str, Any] = recommended | given | {"output_kind": kind} | decided
+        fields: dict[str, Any] = recommended | given | {"output_kind": kind, "structured_outputs": form} | decided
         return SamplingParams(**fields)
 
 
@@ -252,11 +268,12 @@ class GenerationBody(SamplingBody):
         if self.stream and self.prompt_logprobs is not None:
             raise APIError(400, "prompt_logprobs: only with stream=false", param="prompt_logprobs")
 
-    def make_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
-        form = structured_outputs(self.response_format, self.structured_outputs)
-        if form is not None and "structured_outputs" in decided:
-            raise APIError(400, "tool_choice: a forced call has a form of its own", param="tool_choice")
-        return super().make_params(default, **{"structured_outputs": form} | decided)
+    @property
+    def form_field(self) -> str:
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
+
+    def form(self) -> StructuredOutputsParams | None:
+        return structured_outputs(self.response_format, self.structured_outputs)
 
 
 class CompletionBody(GenerationBody):

@@ -24,13 +24,14 @@ from jaxengine.server.parsing.tool_calls import ToolCall
 from jaxengine.server.protocol import ToolUse, tool_use
 from jaxengine.server.responses_protocol import ITEMS, ResponsesBody, chat_messages
 from jaxengine.server.state import ServerState
+from jaxengine.server.structured import form_from
 
 router = APIRouter()
 
 Event = dict[str, Any]
 _ECHOED = {
     *("instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "previous_response_id", "store"),
-    *("tool_choice", "tools"),
+    *("text", "tool_choice", "tools"),
 }
 """Fields of a request that its answer repeats."""
 
@@ -61,8 +62,9 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
             chat_template_kwargs=body.chat_template_kwargs,
         )
         prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
-        process_one = llm.input_processor.process_one
-        return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
+        with form_from("tools" if use.form else body.form_field):
+            process_one = llm.input_processor.process_one
+            return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
 
     if body.stream:
         return await generate(request, 1, process, events=call.events)
@@ -134,8 +136,7 @@ class _Call:
             "usage": None,
             "temperature": params.temperature,
             "top_p": params.top_p,
-            **body.model_dump(include=_ECHOED),
-            "text": {"format": {"type": "text"}},
+            **body.model_dump(include=_ECHOED, by_alias=True),
             "reasoning": {"effort": None, "summary": None},
             "truncation": "disabled",
             "background": False,
@@ -157,7 +158,7 @@ class _Call:
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[Event]:
         """The events of a stream. Objects in them grow on after the next one is asked for."""
         max_calls = None if self._body.parallel_tool_calls else 1
-        parser = self._server.answer_parser(processed[0].prompt_text, self._use, max_calls=max_calls)
+        parser = self._server.answer_parser(processed[0], self._use, max_calls=max_calls)
         usage, finish_reason = Usage(), None
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 
+from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.server.protocol import FunctionName, Inner, NamedTool, SamplingBody, Tool, ToolChoice
+from jaxengine.server.structured import PlainFormat, TextFormat
 
 
 class TextPart(Inner):
@@ -117,6 +119,13 @@ class ResponseNamedTool(Inner):
     name: str
 
 
+class TextOptions(Inner):
+    """Options of the text of an answer."""
+
+    format: TextFormat = Field(default_factory=PlainFormat)
+    verbosity: Literal["medium"] = "medium"
+
+
 class ResponsesBody(SamplingBody):
     """Body of /v1/responses."""
 
@@ -126,6 +135,7 @@ class ResponsesBody(SamplingBody):
     tools: list[ResponseTool] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool = "auto"
     parallel_tool_calls: bool = True
+    text: TextOptions = Field(default_factory=TextOptions)
     previous_response_id: str | None = None
     store: bool = True
     metadata: dict[str, str] = Field(default_factory=dict)
@@ -136,6 +146,13 @@ class ResponsesBody(SamplingBody):
     @classmethod
     def _as_items(cls, value: Any) -> Any:
         return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+    @property
+    def form_field(self) -> str:
+        return "text.format.schema" if self.text.format.type == "json_schema" else "text.format"
+
+    def form(self) -> StructuredOutputsParams | None:
+        return self.text.format.as_params()
 
     def chat_tool_choice(self) -> ToolChoice:
         """`tool_choice` as chat completions have it."""

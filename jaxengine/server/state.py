@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from jaxengine.engine.async_llm import AsyncLLM
 from jaxengine.engine.chat import render_chat
+from jaxengine.engine.inputs import ProcessedInput
 from jaxengine.server.errors import APIError
 from jaxengine.server.observe import Observer
 from jaxengine.server.parsing.answer import AnswerParser
@@ -167,10 +168,14 @@ class ServerState:
             return {"structured_outputs": use.form}
         return {"skip_special_tokens": False} if use.tools or self.settings.reasoning_parser else {}
 
-    def answer_parser(self, prompt: str | None, use: ToolUse, *, max_calls: int | None) -> AnswerParser:
+    def answer_parser(self, processed: ProcessedInput, use: ToolUse, *, max_calls: int | None) -> AnswerParser:
         """A parser of one completion of a prompt."""
         if use.form is not None:
             return AnswerParser(None, JSONParser(), max_calls)
         style, calls = self.settings.reasoning_parser, self.settings.tool_call_parser
-        reasoning = None if style is None else ReasoningParser(REASONING_STYLES[style], prompt or "")
+        # A text that must have a form has it from its first token on: nothing is thought before it.
+        if style is None or processed.params.structured_outputs is not None:
+            reasoning = None
+        else:
+            reasoning = ReasoningParser(REASONING_STYLES[style], processed.prompt_text or "")
         return AnswerParser(reasoning, TOOL_PARSERS[calls]() if use.tools and calls else None, max_calls)

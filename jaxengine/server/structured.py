@@ -1,8 +1,10 @@
-"""How bodies ask for structured output: OpenAI's `response_format`, and vLLM's `structured_outputs`."""
+"""How bodies ask for structured output: OpenAI's `response_format` and `text.format`, vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,12 +24,38 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's form."""
+    """The form of chat completions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+class PlainFormat(BaseModel):
+    """Any text, or any JSON object."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object"] = "text"
+
+    def as_params(self) -> StructuredOutputsParams | None:
+        """What this asks for; None for any text."""
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
+
+
+class SchemaFormat(JsonSchema):
+    """The form of /v1/responses, which is flatter than that of chat completions."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+    def as_params(self) -> StructuredOutputsParams:
+        """What this asks for."""
+        return StructuredOutputsParams(json=self.schema_)
+
+
+TextFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class StructuredOutputs(BaseModel):
@@ -66,3 +94,20 @@ def structured_outputs(
         message = 'response_format: type "json_schema" needs json_schema with a schema'
         raise APIError(400, message, param="response_format")
     return StructuredOutputsParams(json=schema)
+
+
+@contextmanager
+def form_from(field: str) -> Iterator[None]:
+    """Names the field that asked for a form where the engine refuses it, which knows it by its own name.
+
+    Raises:
+        APIError: The form is wrong.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        place, own, reason = message.partition("structured_outputs: ")
+        if not own:
+            raise
+        raise APIError(400, f"{place}{field}: {reason}", param=field) from error

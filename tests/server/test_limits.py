@@ -67,7 +67,7 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
             "response_format",
             "needs",
         ),
-        ("completions", {"prompt": "x", "response_format": SCHEMA}, "structured_outputs", "Invalid type"),
+        ("completions", {"prompt": "x", "response_format": SCHEMA}, "response_format", "Invalid type"),
         ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed"),
         ("completions", {"prompt": "x", "structured_outputs": {"grammar": "no"}}, "structured_outputs", "GBNF"),
         ("completions", {"prompt": "x", "structured_outputs": {}}, "structured_outputs", "exactly one"),

@@ -24,6 +24,11 @@ def client(scripted_server) -> Iterator[OpenAI]:
         yield client
 
 
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """A text format."""
+    return {"type": "json_schema", "name": "x", "schema": schema}
+
+
 def ask(client: OpenAI, script: str, **fields: Any) -> Any:
     """Has a script written."""
     extra = {"chat_template_kwargs": {"script": script}}
@@ -149,7 +154,22 @@ def test_an_answer_that_is_cut_short(client):
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools", "'function'"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"input": "x", "tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice", "'g'"),
-        ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text", "not supported"),
+        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text", "'json_schema'"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text", "schema: Field required"),
+        ({"input": "x", "text": {"format": {"type": "text", "name": "x"}}}, "text", "no such field"),
+        ({"input": "x", "text": {"verbosity": "high"}}, "text", "'medium'"),
+        ({"input": "x", "text": {"format": schema_format({"type": "x"})}}, "text.format.schema", "Invalid type"),
+        ({"input": "x", "text": {"format": schema_format({"not": {}})}}, "text.format.schema", "not"),
+        (
+            {"input": "x", "text": {"format": {"type": "json_object"}}, "tools": TOOLS, "tool_choice": "required"},
+            "tool_choice",
+            "a form of its own",
+        ),
+        (
+            {"input": "x", "tools": [TOOLS[0] | {"parameters": {"type": "x"}}], "tool_choice": "required"},
+            "tools",
+            "tools: Invalid type",
+        ),
         ({"input": "x", "background": True}, "background", "not supported"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens", "greater"),
         ({"input": "x", "top_p": 3}, "top_p", "(0, 1]"),

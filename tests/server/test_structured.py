@@ -28,6 +28,45 @@ def test_parsed_chat_answers(client):
         assert isinstance(choice.message.parsed, Pet)
 
 
+HOT: dict[str, Any] = {"model": "tiny", "input": "Hello", "temperature": 20.0, "max_output_tokens": 400}
+
+
+def test_parsed_responses(client):
+    schema = client.responses.parse(text_format=Pet, extra_body={"seed": 0}, **HOT)
+    assert isinstance(schema.output_parsed, Pet)
+    told = schema.text.format
+    assert (told.type, told.name, told.strict) == ("json_schema", "Pet", True)
+    assert told.schema_["required"] == ["kind", "good"]
+    with client.responses.stream(text_format=Pet, extra_body={"seed": 0}, **HOT) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert len(deltas) > 1
+    assert "".join(deltas) == final.output_text == schema.output_text
+    assert final.output_parsed == schema.output_parsed
+    assert final.text == schema.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"type": "json_schema", "name": "x", "schema": {"enum": [1, "two"]}, "description": "d"}, r'\s*(1|"two")'),
+        ({"type": "json_object"}, r"\s*\{.*"),
+        ({"type": "text"}, ".*"),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_formats_of_responses(client, form, pattern, stream):
+    answer = client.responses.create(text={"format": form}, stream=stream, **HOT | {"temperature": 0.0})
+    if stream:
+        events = list(answer)
+        deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        answer = events[-1].response
+        assert deltas == answer.output_text
+    assert re.fullmatch(pattern, answer.output_text, re.DOTALL)
+    assert answer.text.format.model_dump(by_alias=True, exclude_none=True) == form
+
+
 def test_a_json_object(client):
     params: dict[str, Any] = {"response_format": {"type": "json_object"}, "temperature": 0.0, "max_tokens": 200}
     answer = client.chat.completions.create(model="tiny", messages=USER, **params)

@@ -66,6 +66,13 @@ def test_streams_add_up(client):
     assert reasons == [None] * (len(reasons) - 1) + ["tool_calls"]
 
 
+def test_what_must_have_a_form_is_no_reasoning(client):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes"]}}}
+    thinking = {"chat_template": "{{ messages[0].content }}<think>"}
+    (choice,) = ask(client, "text", tools=None, response_format=form, extra_body=thinking).choices
+    assert json.loads(choice.message.content) == "yes"
+
+
 def test_a_malformed_call_is_content(client):
     (choice,) = ask(client, "broken").choices
     assert choice.message.content == "".join(SCRIPTS["broken"])
