@@ -14,7 +14,7 @@ from jaxengine.engine.inputs import ProcessedInput, Prompt
 from jaxengine.outputs import CompletionOutput, Logprob, TokenLogprobDict
 from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
-from jaxengine.server.parsing.tool_calls import ToolCall
+from jaxengine.server.parsing.call import Arguments, ToolCall
 from jaxengine.server.protocol import ChatBody, ToolUse, tool_use
 from jaxengine.server.state import ServerState
 from jaxengine.server.structured import form_from
@@ -68,7 +68,9 @@ class _Call:
         choices = []
         for completion in output.outputs:
             parser = self._parser(processed)
-            told = _told(parser.feed(completion.text, final=True))
+            told: dict[str, Any] = {}
+            for part in parser.feed(completion.text, final=True):
+                _tell(told, part)
             message = {"role": "assistant", "content": None if told else ""} | told
             choices.append({"index": completion.index, "message": message} | self._rest(completion, parser))
         body = self._head | {"choices": choices, "usage": self._usage.json()}
@@ -83,16 +85,18 @@ class _Call:
         async for output in outputs:
             self._usage.add(output)
             for completion in output.outputs:
-                delta = {}
+                deltas: list[dict[str, Any]] = []
                 if completion.index not in parsers:
                     parsers[completion.index] = self._parser(processed)
-                    delta = {"role": "assistant", "content": ""}
+                    deltas.append({"role": "assistant", "content": ""})
                 parser = parsers[completion.index]
-                num_calls = parser.num_calls
-                parts = parser.feed(completion.text, final=completion.finish_reason is not None)
-                delta |= _told(parts, num_calls)
-                choice = {"index": completion.index, "delta": delta} | self._rest(completion, parser)
-                if delta or choice["logprobs"] or choice["finish_reason"]:
+                deltas += _deltas(parser, completion)
+                rest = self._rest(completion, parser)
+                if not deltas and (rest["logprobs"] or rest["finish_reason"]):
+                    deltas.append({})
+                for i, delta in enumerate(deltas):
+                    end = rest if i == len(deltas) - 1 else dict.fromkeys(rest)
+                    choice = {"index": completion.index, "delta": delta} | end
                     yield self._head | {"choices": [choice]} | extra
         if self._body.include_usage:
             yield self._head | {"choices": [], "usage": self._usage.json()}
@@ -124,18 +128,32 @@ def _entry(value: Logprob) -> dict[str, Any]:
     return {"token": token, "logprob": finite(value.logprob), "bytes": list(token.encode("utf-8", "replace"))}
 
 
-def _told(parts: Sequence[Part], first_index: int | None = None) -> dict[str, Any]:
-    """Fields of a message or, with the number of the first call, of a delta that tell what there is of these parts."""
-    told: dict[str, Any] = {}
-    for part in parts:
+def _tell(told: dict[str, Any], part: Part) -> None:
+    """Adds a part to the fields of a message."""
+    if isinstance(part, ToolCall):
+        call = {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+        told.setdefault("tool_calls", []).append(call)
+    elif isinstance(part, Arguments):
+        told["tool_calls"][-1]["function"]["arguments"] += part.text
+    else:
+        # vLLM calls reasoning so since 0.12, and had the longer name before.
+        names = ("reasoning", "reasoning_content") if isinstance(part, Reasoning) else ("content",)
+        text = part.text if isinstance(part, Reasoning) else part
+        told |= {name: told.get(name, "") + text for name in names}
+
+
+def _deltas(parser: AnswerParser, completion: CompletionOutput) -> list[dict[str, Any]]:
+    """What a piece of a completion adds to its message: one delta for the text, one for each piece of a call."""
+    deltas: list[dict[str, Any]] = []
+    index = parser.num_calls - 1
+    for part in parser.feed(completion.text, final=completion.finish_reason is not None):
+        if isinstance(part, Arguments):
+            deltas.append({"tool_calls": [{"index": index, "function": {"arguments": part.text}}]})
+            continue
+        if isinstance(part, ToolCall) or not deltas or "tool_calls" in deltas[-1]:
+            deltas.append({})
+        _tell(deltas[-1], part)
         if isinstance(part, ToolCall):
-            calls = told.setdefault("tool_calls", [])
-            index = {} if first_index is None else {"index": first_index + len(calls)}
-            function = {"name": part.name, "arguments": part.arguments}
-            calls.append(index | {"id": part.id, "type": "function", "function": function})
-        else:
-            # vLLM calls reasoning so since 0.12, and had the longer name before.
-            names = ("reasoning", "reasoning_content") if isinstance(part, Reasoning) else ("content",)
-            text = part.text if isinstance(part, Reasoning) else part
-            told |= {name: told.get(name, "") + text for name in names}
-    return told
+            index += 1
+            deltas[-1]["tool_calls"][0] |= {"index": index}
+    return deltas

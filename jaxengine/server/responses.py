@@ -20,7 +20,7 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.server.errors import APIError
 from jaxengine.server.generation import Usage, generate, json_response
 from jaxengine.server.parsing.answer import Part, Reasoning
-from jaxengine.server.parsing.tool_calls import ToolCall
+from jaxengine.server.parsing.call import Arguments, ToolCall
 from jaxengine.server.protocol import ToolUse, tool_use
 from jaxengine.server.responses_protocol import ITEMS, ResponsesBody, chat_messages
 from jaxengine.server.state import ServerState
@@ -186,7 +186,14 @@ class _Call:
         """Adds a part to the output, in its last item if that goes on or in a new one."""
         if isinstance(part, ToolCall):
             yield from self._close()
-            yield from self._tell_call(part)
+            yield from self._open_call(part)
+            return
+        if isinstance(part, Arguments):
+            item = self._output[-1]
+            item["arguments"] += part.text
+            yield self._item_event("response.function_call_arguments.delta", item_id=item["id"], delta=part.text)
+            if part.is_last:
+                yield from self._close_call("completed")
             return
         kind, text = ("reasoning", part.text) if isinstance(part, Reasoning) else ("message", part)
         if not self._is_open or self._output[-1]["type"] != kind:
@@ -210,29 +217,35 @@ class _Call:
         item["content"].append(part)
         yield self._item_event("response.content_part.added", item_id=item["id"], content_index=0, part=part)
 
+    def _open_call(self, call: ToolCall) -> Iterator[Event]:
+        """Begins an item of a call."""
+        item = {"type": "function_call", "id": _new_id("function_call"), "call_id": call.id, "name": call.name}
+        item |= {"arguments": "", "status": "in_progress"}
+        self._output.append(item)
+        self._is_open = True
+        yield self._item_event("response.output_item.added", item=item)
+
     def _close(self, status: str = "completed") -> Iterator[Event]:
-        """Ends the last item if it is one of text that is open."""
+        """Ends the last item if it is open."""
         if not self._is_open:
             return
-        self._is_open = False
         item = self._output[-1]
+        if item["type"] == "function_call":
+            yield from self._close_call("incomplete")  # one that is complete has been closed
+            return
+        self._is_open = False
         part = item["content"][0]
         yield self._text_event("done", text=part["text"])
         yield self._item_event("response.content_part.done", item_id=item["id"], content_index=0, part=part)
         item["status"] = status
         yield self._item_event("response.output_item.done", item=item)
 
-    def _tell_call(self, call: ToolCall) -> Iterator[Event]:
-        item = {"type": "function_call", "id": _new_id("function_call"), "call_id": call.id, "name": call.name}
-        item |= {"arguments": "", "status": "in_progress"}
-        self._output.append(item)
-        yield self._item_event("response.output_item.added", item=item)
-        item["arguments"] = call.arguments
-        ids = {"item_id": item["id"]}
-        yield self._item_event("response.function_call_arguments.delta", **ids, delta=call.arguments)
-        done = {"name": call.name, "arguments": call.arguments}
-        yield self._item_event("response.function_call_arguments.done", **ids, **done)
-        item["status"] = "completed"
+    def _close_call(self, status: str) -> Iterator[Event]:
+        self._is_open = False
+        item = self._output[-1]
+        done = {"item_id": item["id"], "name": item["name"], "arguments": item["arguments"]}
+        yield self._item_event("response.function_call_arguments.done", **done)
+        item["status"] = status
         yield self._item_event("response.output_item.done", item=item)
 
     def _item_event(self, kind: str, **fields: Any) -> Event:

@@ -60,12 +60,15 @@ def test_events(client):
     expected = ["created", "in_progress", *once("reasoning_text"), *once("output_text"), *call, *call, "completed"]
     assert told == expected
     assert kinds.count("reasoning_text.delta") > 1
+    assert kinds.count("function_call_arguments.delta") == 3
     last = events[-1].response
     for i, item in enumerate(last.output):
         own = [event for event in events if getattr(event, "output_index", None) == i]
         assert own[-1].item == item
         deltas = "".join(event.delta for event in own if event.type.endswith(".delta"))
         assert deltas == (item.arguments if item.type == "function_call" else item.content[0].text)
+        done = [event.arguments for event in own if event.type == "response.function_call_arguments.done"]
+        assert done == ([item.arguments] if item.type == "function_call" else [])
         assert {getattr(event, "item_id", item.id) for event in own} == {item.id}
     assert [item.type for item in last.output] == ["reasoning", "message", "function_call", "function_call"]
     assert last.output[0].content[0].text == "I must look."
@@ -138,6 +141,13 @@ def test_an_answer_that_is_cut_short(client):
     assert (answer.output_text, answer.output[0].status) == ("The weather", "incomplete")
     *_, last = ask(client, "text", max_output_tokens=2, stream=True)
     assert last.type == "response.incomplete"
+    for num_tokens, statuses in ((10, ["incomplete"]), (11, ["completed"]), (13, ["completed", "completed"])):
+        whole = ask(client, "call", max_output_tokens=num_tokens, tools=TOOLS)
+        *_, last = ask(client, "call", max_output_tokens=num_tokens, tools=TOOLS, stream=True)
+        found = [[item for item in r.output if item.type == "function_call"] for r in (whole, last.response)]
+        assert [[item.status for item in items] for items in found] == [statuses, statuses]
+        assert [item.arguments for item in found[0]] == [item.arguments for item in found[1]]
+    assert "".join(item.arguments for item in found[0]) == '{"city": "Paris", "days": 2}{}'
 
 
 @pytest.mark.parametrize(

@@ -52,18 +52,40 @@ def test_streams_add_up(client):
     message = ask(client, "call").choices[0].message
     added: dict[str, str] = {"content": "", "reasoning": "", "reasoning_content": ""}
     functions: dict[int, list[str]] = {}
-    reasons = []
+    reasons, pieces = [], []
     for chunk in ask(client, "call", stream=True):
         (choice,) = chunk.choices
         for name in added:
             added[name] += getattr(choice.delta, name, None) or ""
         for call in choice.delta.tool_calls or []:
-            name, arguments = functions.setdefault(call.index, ["", ""])
-            functions[call.index] = [name + call.function.name, arguments + call.function.arguments]
+            if call.id is not None:  # a call begins
+                assert (call.index, call.type, call.function.arguments) == (len(functions), "function", "")
+                functions[call.index] = [call.function.name, ""]
+            else:
+                assert (call.index, call.type, call.function.name) == (len(functions) - 1, None, None)
+                pieces.append(call.function.arguments)
+                functions[call.index][1] += pieces[-1]
         reasons.append(choice.finish_reason)
     assert added == {"content": message.content} | dict.fromkeys(("reasoning", "reasoning_content"), message.reasoning)
     assert functions == {i: [call.function.name, call.function.arguments] for i, call in enumerate(message.tool_calls)}
+    assert pieces == ['{"city": "Par', 'is", "days": 2}', "{}"]
     assert reasons == [None] * (len(reasons) - 1) + ["tool_calls"]
+
+
+def test_the_clients_own_stream_accumulates_calls(client):
+    strict = [tool("weather"), tool("clock")]
+    for item in strict:
+        item["function"] |= {"strict": True}
+    extra = {"chat_template_kwargs": {"script": "call"}}
+    with client.chat.completions.stream(
+        model="scripted", messages=USER, tools=strict, temperature=0, extra_body=extra
+    ) as stream:
+        events = list(stream)
+        message = stream.get_final_completion().choices[0].message
+    deltas = [event.arguments_delta for event in events if event.type == "tool_calls.function.arguments.delta"]
+    assert len([delta for delta in deltas if delta]) == 3
+    assert calls(message) == CALLS
+    assert [call.function.parsed_arguments for call in message.tool_calls] == [arguments for _, arguments in CALLS]
 
 
 def test_what_must_have_a_form_is_no_reasoning(client):
@@ -82,13 +104,24 @@ def test_a_malformed_call_is_content(client):
     assert "".join(streamed) == choice.message.content
 
 
-def test_what_is_cut_short_is_no_call(client):
-    (choice,) = ask(client, "call", max_tokens=10).choices
-    assert choice.finish_reason == "length"
-    assert choice.message.content == 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Par'
-    (choice,) = ask(client, "call", max_tokens=13).choices
-    assert choice.finish_reason == "length"
-    assert calls(choice.message) == CALLS[:1]
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_are_cut_short(client, stream):
+    """Before their arguments they are text; later they have the beginning of those."""
+
+    def told(max_tokens: int) -> tuple[str | None, str | None, str]:
+        answer = ask(client, "call", max_tokens=max_tokens, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        messages = [choice.delta if stream else choice.message for choice in choices]
+        functions = [call.function for message in messages for call in message.tool_calls or []]
+        content = "".join(message.content or "" for message in messages)
+        return choices[-1].finish_reason, content, "".join(function.arguments for function in functions)
+
+    assert told(9) == ("length", 'Let me see.\n<tool_call>\n{"name": "weather", ', "")
+    assert told(10) == ("length", "Let me see.", '{"city": "Par')
+    assert told(13) == ("length", "Let me see.", '{"city": "Paris", "days": 2}{}')
+
+
+def test_reasoning_that_is_cut_short(client):
     (choice,) = ask(client, "call", max_tokens=2).choices
     assert (choice.message.content, choice.message.reasoning) == (None, "I must")
 
@@ -126,10 +159,12 @@ def test_calls_can_be_forced(client, stream):
         else:
             assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("tool_calls", None)
             found = answer.choices[0].message.tool_calls
-        (call,) = found
+        call, *more = found
         assert call.function.name in names
+        assert bool(more) == stream
+        arguments = "".join(piece.function.arguments for piece in found)
         if call.function.name == "go":
-            assert json.loads(call.function.arguments)["at"] in ("here", "there")
+            assert json.loads(arguments)["at"] in ("here", "there")
 
 
 def test_forced_calls_that_do_not_fit(client):

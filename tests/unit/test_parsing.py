@@ -1,28 +1,35 @@
 """Calls and reasoning in what models write; the pieces in which a text comes must change nothing."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
+from jaxengine.server.parsing.call import Arguments, ToolCall
 from jaxengine.server.parsing.reasoning import REASONING_STYLES, ReasoningParser
-from jaxengine.server.parsing.tool_calls import TOOL_PARSERS, ToolCall
+from jaxengine.server.parsing.tool_calls import TOOL_PARSERS, JSONParser
 
 Plain = str | tuple[str, str]
 HI = ("hi", '{"to": "Ann"}')
 BYE = ("bye", "{}")
 SAY = ("say", '{"text": "</tool_call> {[\\"\'", "n": [1, 2.5, null, true]}')
+DEEP = '{"to": ' + "[" * 5000 + "]" * 5000 + "}"
 SAY_JSON = '{"name": "say", "arguments": ' + SAY[1] + "}"
 
 
-def plain(parts: list[Part]) -> list[Plain]:
-    """Calls without their ids, with the pieces of content between them joined."""
+def plain(parts: Sequence[Part]) -> list[Plain]:
+    """Calls without their ids, with their pieces and those of content joined."""
     result: list[Plain] = []
     for part in parts:
         if isinstance(part, ToolCall):
-            result.append((part.name, part.arguments))
+            result.append((part.name, ""))
+        elif isinstance(part, Arguments):
+            name, text = result[-1]  # fails if they are those of no call
+            result[-1] = name, text + part.text
         elif isinstance(part, Reasoning):
             result.append(("reasoning", part.text))
         elif result and isinstance(result[-1], str):
@@ -33,7 +40,7 @@ def plain(parts: list[Part]) -> list[Plain]:
 
 
 def parse(name: str, pieces: list[str]) -> list[Plain]:
-    parser = AnswerParser(None, TOOL_PARSERS[name]())
+    parser = AnswerParser(None, JSONParser() if name == "forced" else TOOL_PARSERS[name]())
     parts = [part for piece in pieces for part in parser.feed(piece, final=False)]
     return plain(parts + parser.feed("", final=True))
 
@@ -44,8 +51,15 @@ CASES = [
     (
         "hermes",
         '<tool_call>{"name":"hi","arguments":{"to":"Ann"}}</tool_call>\n<tool_call>{"name":"bye","arguments":"{}"}',
-        [HI, BYE],
+        [("hi", '{"to":"Ann"}'), BYE],
     ),
+    ("hermes", '<tool_call>[{"arguments": {"to": "Ann"}, "id": {"name": 1}, "name": "hi"}]</tool_call>', [HI]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": "Ann"}</tool_call>.', [HI, "."]),
+    ("hermes", '<tool_call>{"name": "bye", "arguments": "{\\"a\\": 1}", "parameters": {}}', [("bye", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": "\\ud800"}}', [("hi", '{"to": "\\ud800"}')]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": 1e999}}', [("hi", '{"to": 1e999}')]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": ' + DEEP + "}</tool_call>", [("hi", DEEP)]),
+    ("hermes", '<tool_call>{"name": "a\tb", "arguments": {"x": "\n\x01"\n}}', [("a\tb", '{"x": "\\n\\u0001"\n}')]),
     ("llama3_json", '{"name": "hi", "parameters": {"to": "Ann"}}', [HI]),
     (
         "llama3_json",
@@ -65,13 +79,18 @@ CASES = [
 CONTENT = [
     ("hermes", "a < b, <tool> and <tool_call"),
     ("hermes", "<tool_call>\nnothing</tool_call>"),
-    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": </tool_call>'),
     ("hermes", '<tool_call>{"name": "hi"}</tool_call>'),
     ("hermes", '<tool_call>{"name": 1, "arguments": {}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": NaN}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": "\\ud800"}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": 1e999}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": ' + "[" * 5000 + "]" * 5000 + "}}</tool_call>"),
+    ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": null}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": { here }}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": "{} {}"}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": "{\\"a\\": \\"\\ud800\\"}"}</tool_call>'),
+    ("hermes", '<tool_call>{"name": NaN, "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "\\d", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "hi"], "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"arguments": {"to": "Ann"}, "name": "h'),
     ("llama3_json", '{"name": "Ann", "age": 3}'),
     ("llama3_json", 'As in {"name": "hi", "parameters": {}}'),
     ("llama3_json", '<|python_tag|>brave.call(query="x")'),
@@ -88,7 +107,25 @@ CONTENT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), CASES)
+BROKEN = [
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": </tool_call> Hm', [("hi", '{"to": '), "Hm"]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": NaN}}', [("hi", '{"to": '), "NaN}}"]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"to": "\\d"}}', [("hi", '{"to": "'), '\\d"}}']),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"a": [1}}', [("hi", '{"a": [1'), "}}"]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"a": 1,}}', [("hi", '{"a": 1,'), "}}"]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"a": 12', [("hi", '{"a": 12')]),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": {"a": "\\u00', [("hi", '{"a": "\\u00')]),
+    ("mistral", '[TOOL_CALLS]hi{"to": 1, to}', [("hi", '{"to": 1, '), "to}"]),
+    ("mistral", '[TOOL_CALLS][{"name": "bye", "arguments": {}}, 5]', [BYE, ", 5]"]),
+    ("mistral", '[TOOL_CALLS][{"name": "bye", "arguments": {}}; 5]', [BYE, "; 5]"]),
+    ("mistral", '[TOOL_CALLS][{"name": "bye", "arguments": {}}, {"name": 5}]', [BYE, ', {"name": 5}]']),
+    ("mistral", '[TOOL_CALLS][{"name": "bye", "arguments": {}}, ', [BYE]),
+    ("gemma", '[{"name": "bye", "arguments": {}}, bye()]', [BYE, ", bye()]"]),
+]
+"""Calls that stop being JSON after they have been told."""
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), CASES + BROKEN)
 def test_calls_are_found(name, text, expected):
     assert parse(name, [text]) == expected
     assert parse(name, list(text)) == expected
@@ -101,7 +138,7 @@ def test_what_is_no_call_stays_content(name, text):
 
 
 def test_mistral_ids_have_nine_characters():
-    (call,) = TOOL_PARSERS["mistral"]().feed("[TOOL_CALLS]hi{}", final=True)
+    call, _ = TOOL_PARSERS["mistral"]().feed("[TOOL_CALLS]hi{}", final=True)
     assert isinstance(call, ToolCall)
     assert len(call.id) == 9
     assert call.id.isalnum()
@@ -118,10 +155,39 @@ def test_content_is_not_held_back():
     assert parser.feed("s>", final=False) == [" <tools>"]
 
 
-def test_a_call_is_told_as_soon_as_it_is_complete():
+def test_arguments_are_told_as_they_come():
+    """All but what may become an escape or a number; and nothing before it is certain that there is a call."""
     parser = TOOL_PARSERS["hermes"]()
-    assert not parser.feed('<tool_call>{"name": "bye", "arguments": {}', final=False)
-    assert len(parser.feed("}", final=False)) == 1
+    assert not parser.feed('<tool_call>{"name": "hi", "arguments": {', final=False)
+    call, begun = parser.feed('"to', final=False)
+    assert isinstance(call, ToolCall)
+    assert begun == Arguments('{"to', False)
+    told = [parser.feed(piece, final=False) for piece in ('": "A', "n\\u00", 'e9", "n": 1', "2, ", "[", "}")]
+    texts = ['": "A', "n", '\\u00e9", "n": ', "12, "]
+    assert told == [*([Arguments(text, False)] for text in texts), ["["], ["}"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("llama3_json", '{"parameters": {"to": "Ann"}, "name": "hi"'),
+        ("hermes", '<tool_call>{"name": "hi", "arguments": "{\\"to\\": \\"Ann\\"}"'),
+    ],
+)
+def test_some_calls_can_only_be_told_whole(name, before):
+    parser = TOOL_PARSERS[name]()
+    assert not [part for character in before[:-1] for part in parser.feed(character, final=False)]
+    call, arguments = parser.feed(before[-1], final=False)
+    assert isinstance(call, ToolCall)
+    assert arguments == Arguments(HI[1], True)
+
+
+def test_forced_calls_are_told_as_they_come():
+    parser = JSONParser()
+    told = [parser.feed(piece, final=False) for piece in ('[{"name":"hi","parameters":{"to":"', "An", 'n"}},{"na')]
+    assert [len(parts) for parts in told] == [2, 1, 1]
+    assert plain([part for parts in told for part in parts]) == [("hi", '{"to":"Ann"}')]
+    assert plain(parser.feed('me":"bye","parameters":{}}]', final=True)) == [BYE]
 
 
 def test_calls_beyond_the_limit_are_dropped():
@@ -133,6 +199,8 @@ FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "```tool_code", "```json", "```"),
     *('{"name": "hi", "parameters": {"to": "Ann"}}', SAY_JSON, "hi(to='Ann')", "[bye()]", "hi", "{", "}", "[", "]"),
     *('"', "'", "\\", " ", "\n", ";", "<", "`", "x", "<think>", "</think>", "[THINK]", "é"),
+    *('{"name": "hi", "arguments": {"a": ', '{"arguments": {"a": 1}, ', '"name": ', '"hi"', '"\\u00', "e9", ":", ","),
+    *("-1", ".5", "tru", "e", "}}", "[[", "null"),
 ]
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 cuts = st.lists(st.integers(1, 6), min_size=1, max_size=8)
@@ -152,9 +220,77 @@ def cut(text: str, lengths: list[int]) -> list[str]:
 def test_pieces_change_nothing(name, text, lengths):
     whole = parse(name, [text])
     assert parse(name, cut(text, lengths)) == whole
-    assert all(isinstance(json.loads(part[1]), dict) for part in whole if isinstance(part, tuple))
+    check_arguments(TOOL_PARSERS[name]().feed(text, final=True))
     if all(isinstance(part, str) for part in whole):
         assert "".join(str(part) for part in whole) == text
+
+
+def check_arguments(parts: list[Any]) -> None:
+    """Arguments are JSON objects if they are called complete, and only then."""
+    while parts:
+        part = parts.pop(0)
+        if isinstance(part, ToolCall):
+            pieces = []
+            while parts and isinstance(parts[0], Arguments):
+                pieces.append(parts.pop(0))
+            assert pieces
+            assert not any(piece.is_last for piece in pieces[:-1])
+            text = "".join(piece.text for piece in pieces)
+            if pieces[-1].is_last:
+                assert isinstance(json.loads(text), dict)
+            else:
+                with pytest.raises(ValueError, match="line"):
+                    json.loads(text)
+
+
+names = st.from_regex(r"[\w.-]{1,12}", fullmatch=True)
+nasty = st.text(st.sampled_from("{}[]\"'\\:, \n\t<>`é\u2028\U0001f600x1"), max_size=8) | st.text(max_size=8)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | nasty,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(nasty, inner, max_size=3),
+    max_leaves=6,
+)
+dumps = st.builds(
+    lambda value, **options: json.dumps(value, **options),
+    st.dictionaries(nasty | st.just("name"), values, max_size=3),
+    indent=st.sampled_from([None, 2]),
+    ensure_ascii=st.booleans(),
+    separators=st.sampled_from([None, (",", ":"), (" , ", " : ")]),
+)
+several = st.lists(st.tuples(names, dumps), min_size=1, max_size=3)
+
+
+def written(name: str, calls: list[tuple[str, str]], variant: int) -> str:
+    """How models write calls."""
+    word = ("arguments", "parameters")[variant % 2]
+    fields = [f'"name": {json.dumps(n)}, "{word}": {text}' for n, text in calls]
+    if variant // 2 % 2:
+        fields = [f'"{word}": {text},\n "name": {json.dumps(n)}, "id": [1, {{"a": "}}"}}]' for n, text in calls]
+    objects = ["{" + inside + "}" for inside in fields]
+    match name:
+        case "hermes":
+            return "\n".join(f"<tool_call>\n{item}\n</tool_call>" for item in objects)
+        case "llama3_json":
+            return "; ".join(objects)
+        case "mistral" if variant > 3:
+            return "".join(f"[TOOL_CALLS]{n}[ARGS]{text}" for n, text in calls)
+    return ("[TOOL_CALLS]" if name == "mistral" else "") + "[" + ", ".join(objects) + "]"
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "gemma", "forced"])
+@given(calls=several, variant=st.integers(0, 7), lengths=cuts, where=st.floats(0, 1))
+def test_calls_are_what_the_model_wrote(name, calls, variant, lengths, where):
+    """Character for character, however it comes; and the beginning of it if the text is cut off."""
+    text = written(name, calls, variant)
+    assert parse(name, cut(text, lengths)) == calls
+    beginning = text[: int(where * len(text))]
+    whole = parse(name, [beginning])
+    assert parse(name, cut(beginning, lengths)) == whole
+    told = [part for part in whole if isinstance(part, tuple)]
+    assert whole[: len(told)] == told
+    for i, (function, arguments) in enumerate(told):
+        assert function == calls[i][0]
+        assert calls[i][1].startswith(arguments) if i == len(told) - 1 else arguments == calls[i][1]
 
 
 def think(name: str, pieces: list[str], prompt: str = "") -> tuple[str, str]:

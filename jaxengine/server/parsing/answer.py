@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxengine.server.parsing.call import Arguments, ToolCall
 from jaxengine.server.parsing.reasoning import ReasoningParser
-from jaxengine.server.parsing.tool_calls import ToolCall, ToolParser
+from jaxengine.server.parsing.tool_calls import ToolParser
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Reasoning:
     text: str
 
 
-Part = Reasoning | str | ToolCall
-"""A piece of reasoning, a piece of the content, or a whole call."""
+Part = Reasoning | str | ToolCall | Arguments
+"""A piece of reasoning, a piece of the content, the beginning of a call, or a piece of its arguments."""
 
 
 class AnswerParser:
@@ -26,6 +27,7 @@ class AnswerParser:
         """Args: max_calls: Calls beyond so many are dropped; None: there is no limit."""
         self._reasoning, self._tools, self._max_calls = reasoning, tools, max_calls
         self.num_calls = 0
+        self._drops_call = False
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
         """Takes the next piece of the text, `final` if it is the last one; returns what is certain now."""
@@ -35,9 +37,8 @@ class AnswerParser:
             parts += [Reasoning(reasoning)] if reasoning else []
         for part in [text] if self._tools is None else self._tools.feed(text, final=final):
             if isinstance(part, ToolCall):
-                if self.num_calls == self._max_calls:
-                    continue
-                self.num_calls += 1
-            if part:
+                self._drops_call = self.num_calls == self._max_calls
+                self.num_calls += not self._drops_call
+            if part and not (self._drops_call and isinstance(part, ToolCall | Arguments)):
                 parts.append(part)
         return parts

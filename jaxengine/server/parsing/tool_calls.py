@@ -1,8 +1,9 @@
 """Calls of tools in the text that a model writes: one class for each way in which models write them.
 
-All share a state machine. What it decides depends on the text alone, never on the pieces in which it comes; so it holds
-back what may become a call until that is certain. A call is told when it is complete: one that turns out malformed is
-part of the content, exactly as it was written.
+What a parser decides depends on the text alone, never on the pieces in which it comes. It holds back what may become a
+call until that is certain: until name and beginning of the arguments have come. From then on the arguments are told as
+they are written. What is no call is part of the content, exactly as it was written; so is what follows a call that
+stops being JSON.
 """
 
 from __future__ import annotations
@@ -14,26 +15,14 @@ import secrets
 import string
 import uuid
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Generator
+from typing import Any
 
+from jaxengine.server.parsing.call import Arguments, CallReader, ToolCall
 from jaxengine.server.parsing.scan import TextScanner, ValueScanner, split_open
 
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call of a function.
-
-    Attributes:
-        name: The function.
-        arguments: A JSON object, as a string.
-        id: What the answer to the call refers to.
-    """
-
-    name: str
-    arguments: str
-    id: str
+type Steps[T] = Generator[None, None, T]
+"""Reads the text, and yields where it needs more of it."""
 
 
 class ToolParser:
@@ -50,98 +39,99 @@ class ToolParser:
     between: str = ""
 
     def __init__(self) -> None:
-        self._text = ""  # what nothing is certain about yet, after `_held`
-        self._held = ""  # spaces and the marker of the call that the text may be
-        self._marker: str | None = None
-        self._scanner: ValueScanner | TextScanner | None = None
+        self._text = ""  # what has come and has not been read
+        self._final = False  # nothing more will come
+        self._parts: list[str | ToolCall | Arguments] = []
         self._fresh = True  # nothing but calls so far, or since the last call
-        self._expected: str | None = None  # what may still follow the last call, after which nothing else has come
+        self._reading = self._read()
 
-    def feed(self, text: str, *, final: bool) -> list[str | ToolCall]:
+    def feed(self, text: str, *, final: bool) -> list[str | ToolCall | Arguments]:
         """Takes the next piece of the text, `final` if it is the last one; returns what is certain now."""
         self._text += text
-        parts: list[str | ToolCall] = []
-        while self._step(parts, final):
-            pass
+        self._final = final
+        next(self._reading, None)
+        parts, self._parts = self._parts, []
         return parts
-
-    def value_start(self, text: str) -> int | None:
-        """Where in the text after a marker the value begins; -1 if it is none, None if that is not known yet."""
-        start = len(text) - len(text.lstrip())
-        if start == len(text):
-            return None
-        return start if text[start] in "{[" else -1
-
-    def scanner(self, start: int) -> ValueScanner | TextScanner:
-        """What finds the end of a value that begins there."""
-        return ValueScanner(start)
-
-    def parse(self, text: str, start: int) -> list[ToolCall]:
-        """Reads the text from a marker on, with a value that begins at `start`; raises ValueError if it is no call."""
-        return self.calls(_loads(text[start:]))
-
-    def calls(self, value: Any) -> list[ToolCall]:
-        """The calls that a JSON value tells of: an object with name and arguments (or parameters), or a list of them.
-
-        Raises:
-            ValueError: It is no such value.
-        """
-        calls = []
-        for item in value if isinstance(value, list) else [value]:
-            if not isinstance(item, dict):
-                raise ValueError(f"{item!r} is no call")
-            arguments = item.get("arguments", item.get("parameters"))
-            calls.append(self.call(item.get("name"), _loads(arguments) if isinstance(arguments, str) else arguments))
-        return calls
-
-    def call(self, name: Any, arguments: Any) -> ToolCall:
-        """Raises ValueError if these are no name and no arguments that JSON can tell."""
-        if not (isinstance(name, str) and name and isinstance(arguments, dict)):
-            raise ValueError(f"{name!r} with {arguments!r} is no call")
-        try:
-            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        except (TypeError, RecursionError) as error:
-            raise ValueError(f"{name}: {error}") from error
-        (name + text).encode()  # half a surrogate pair, from an escape, could not be sent
-        return ToolCall(name, text, self.new_id())
 
     def new_id(self) -> str:
         """An id for a call."""
         return f"call_{uuid.uuid4().hex[:24]}"
 
-    def _step(self, parts: list[str | ToolCall], final: bool) -> bool:
-        """Goes on as far as one thing is certain; returns whether another may be."""
-        if self._marker is not None:
-            return self._step_inside(parts, final)
-        if self._expected is not None:
-            return self._skip_between(final)
-        return self._step_outside(parts, final)
+    def read_value(self, held: str) -> Steps[None]:
+        """Reads what follows a marker: calls, or else content, with `held` before it, which has been read."""
+        held += yield from self._read_spaces()
+        if self._text.startswith(("{", "[")):
+            yield from self.read_json(held)
+        else:
+            self._put(held)
 
-    def _skip_between(self, final: bool) -> bool:
-        assert self._expected is not None
-        self._text = self._text.lstrip()
-        if self._expected and self._text.startswith(self._expected):
-            self._text, self._expected = self._text.removeprefix(self._expected), ""
-            return True
-        if self._expected.startswith(self._text) and not final:
+    def read_json(self, held: str) -> Steps[None]:
+        """Reads an object or a list of objects, with which the text begins."""
+        if self._text.startswith("{"):
+            yield from self.read_object(held)
+            return
+        held += self._take(1)
+        told = False
+        while True:
+            held += yield from self._read_spaces()
+            if not self._text.startswith("{"):
+                break
+            if not (yield from self.read_object(held)):
+                return
+            told = True
+            held = yield from self._read_spaces()
+            if self._text.startswith("]"):
+                self._take(1)
+                return
+            if not self._text.startswith(","):
+                break
+            held += self._take(1)
+        if self._text or not told:  # else it was cut off after a call
+            self._put(held)
+
+    def read_object(self, held: str, name: str | None = None) -> Steps[bool]:
+        """Reads one object: a call or, if its name is known already, its arguments.
+
+        Returns:
+            Whether it was a call, to its end.
+        """
+        reader = CallReader(name, self.new_id)
+        while True:
+            parts, length = reader.read(self._text)
+            self._parts += parts
+            held += self._take(length)
+            if reader.is_over or self._final:
+                break
+            yield
+        if not reader.is_told:
+            self._put(held)
             return False
-        self._expected = None
-        return True
+        self._fresh = True
+        if not reader.is_over:
+            self._parts += reader.cut(self._text)
+            self._text = ""
+        return reader.is_done
 
-    def _step_outside(self, parts: list[str | ToolCall], final: bool) -> bool:
-        found = self._find()
-        if found is None:
+    def _read(self) -> Steps[None]:
+        while (held := (yield from self._read_marker())) is not None:
+            yield from self.read_value(held)
+            if self._fresh:
+                yield from self._read_between(self.between)
+
+    def _read_marker(self) -> Steps[str | None]:
+        """Reads content up to a marker; returns the marker and spaces before it, None if the text has none."""
+        while (found := self._find()) is None:
             markers = (*self.markers, *(self.leading if self._fresh else ()))
-            certain, self._text = (self._text, "") if final else split_open(self._text, markers)
-            self._put(parts, certain)
-            return False
+            certain, self._text = (self._text, "") if self._final else split_open(self._text, markers)
+            self._put(certain)
+            if self._final:
+                return None
+            yield
         start, marker = found
         before = self._text[:start].rstrip()
-        self._put(parts, before)
-        length = 0 if marker in "{[" else len(marker)
-        self._held = self._text[len(before) : start + length]
-        self._marker, self._text = marker, self._text[start + length :]
-        return True
+        self._put(before)
+        self._take(len(before))
+        return self._take(start - len(before) + (0 if marker in "{[" else len(marker)))
 
     def _find(self) -> tuple[int, str] | None:
         """The first marker and its place."""
@@ -151,37 +141,31 @@ class ToolParser:
             places += [(start, marker) for marker in self.leading if self._text.startswith(marker, start)]
         return min(places, default=None)
 
-    def _step_inside(self, parts: list[str | ToolCall], final: bool) -> bool:
-        start = self.value_start(self._text)
-        end = None
-        if start is not None and start >= 0:
-            self._scanner = self._scanner or self.scanner(start)
-            end = self._scanner.end(self._text)
-        if start is not None and start < 0:
-            self._put(parts, self._held)
-        elif start is not None and end is not None:
-            try:
-                parts += self._accept(self.parse(self._text[:end], start))
-            except ValueError:
-                self._put(parts, self._held + self._text[:end])
-            self._text = self._text[end:]
-        elif final:  # the end of the call never came
-            self._put(parts, self._held + self._text)
-            self._text = ""
-        else:
-            return False
-        self._held, self._marker, self._scanner = "", None, None
-        return True
+    def _read_spaces(self) -> Steps[str]:
+        """Reads spaces, up to something else or the end."""
+        spaces = ""
+        while True:
+            spaces += self._take(len(self._text) - len(self._text.lstrip()))
+            if self._text or self._final:
+                return spaces
+            yield
 
-    def _accept(self, calls: list[ToolCall]) -> list[ToolCall]:
-        if not calls:
-            raise ValueError("no call at all")
-        self._fresh, self._expected = True, self.between
-        return calls
+    def _read_between(self, expected: str) -> Steps[None]:
+        """Leaves out spaces, and once the text that is expected among them."""
+        yield from self._read_spaces()
+        while expected.startswith(self._text) and len(self._text) < len(expected) and not self._final:
+            yield
+        if expected and self._text.startswith(expected):
+            self._take(len(expected))
+            yield from self._read_spaces()
 
-    def _put(self, parts: list[str | ToolCall], text: str) -> None:
+    def _take(self, length: int) -> str:
+        taken, self._text = self._text[:length], self._text[length:]
+        return taken
+
+    def _put(self, text: str) -> None:
         if text:
-            parts.append(text)
+            self._parts.append(text)
             self._fresh = self._fresh and text.isspace()
 
 
@@ -219,18 +203,20 @@ class MistralParser(ToolParser):
     _HEADER = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*")
     _MAX_HEADER = 200
 
-    def value_start(self, text: str) -> int | None:
-        start = super().value_start(text)
-        if start is None or start >= 0:
-            return start
-        start = text.find("{", 0, self._MAX_HEADER)
-        if start < 0:
-            return None if len(text) < self._MAX_HEADER else -1
-        return start if self._HEADER.fullmatch(text, 0, start) else -1
-
-    def parse(self, text: str, start: int) -> list[ToolCall]:
-        header = self._HEADER.fullmatch(text, 0, start)
-        return super().parse(text, start) if header is None else [self.call(header[1], _loads(text[start:]))]
+    def read_value(self, held: str) -> Steps[None]:
+        held += yield from self._read_spaces()
+        if self._text.startswith(("{", "[")):
+            yield from self.read_json(held)
+            return
+        while (end := self._text.find("{", 0, self._MAX_HEADER)) < 0:
+            if self._final or len(self._text) >= self._MAX_HEADER:
+                break
+            yield
+        header = self._HEADER.fullmatch(self._text, 0, end) if end >= 0 else None
+        if header is None:
+            self._put(held)
+        else:
+            yield from self.read_object(held + self._take(end), header[1])
 
     def new_id(self) -> str:
         """Nine letters and digits: Mistral's templates refuse all else."""
@@ -240,6 +226,8 @@ class MistralParser(ToolParser):
 class GemmaParser(ToolParser):
     """Calls in Python, `[f(a=1), g(b="x")]` or in a block of tool_code; or JSON objects, in a block or bare.
 
+    Python is told when all of it has come, and as JSON: whether it is nothing but calls shows only then.
+
     https://ai.google.dev/gemma/docs/capabilities/function-calling: Gemma 3 has no tokens for calls, and writes what the
     prompt asks for.
     """
@@ -248,52 +236,57 @@ class GemmaParser(ToolParser):
     markers = (_CODE,)
     leading = ("[", "{", "```json", "```python")
 
-    def value_start(self, text: str) -> int | None:
-        return 0 if self._marker == self._CODE else super().value_start(text)
+    def read_value(self, held: str) -> Steps[None]:
+        self.between = "```" if "```" in held else ""
+        in_code = self._CODE in held
+        held += yield from self._read_spaces()
+        while not self._final and re.fullmatch(r"\[\s*", self._text):
+            yield
+        if re.match(r"\{|\[\s*\{", self._text):
+            yield from self.read_json(held)
+        elif in_code or self._text.startswith("["):
+            yield from self._read_python(held, TextScanner("```") if in_code else ValueScanner(0))
+        else:
+            self._put(held)
 
-    def scanner(self, start: int) -> ValueScanner | TextScanner:
-        return TextScanner("```") if self._marker == self._CODE else super().scanner(start)
-
-    def parse(self, text: str, start: int) -> list[ToolCall]:
-        self.between = "```" if (self._marker or "").startswith("```") else ""
+    def _read_python(self, held: str, scanner: TextScanner | ValueScanner) -> Steps[None]:
+        while (end := scanner.end(self._text)) is None and not self._final:
+            yield
+        code = self._take(len(self._text) if end is None else end)
         try:
-            return super().parse(text, start)
+            calls = [] if end is None else _python_calls(code)
         except ValueError:
-            return self._python_calls(text)
-
-    def _python_calls(self, code: str) -> list[ToolCall]:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # what is odd about a model's Python interests nobody
-                statements: Sequence[ast.stmt] = ast.parse(code.strip()).body
             calls = []
-            for statement in statements:
-                value = statement.value if isinstance(statement, ast.Expr) else None
-                for node in value.elts if isinstance(value, ast.List) else [value]:
-                    if (
-                        not isinstance(node, ast.Call)
-                        or not isinstance(node.func, ast.Name | ast.Attribute)
-                        or node.args
-                    ):
-                        raise ValueError("something else than calls with named arguments")
-                    arguments = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
-                    if None in arguments:
-                        raise ValueError("**: no name")
-                    calls.append(self.call(ast.unparse(node.func), arguments))
-            return calls
-        except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ValueError(f"no calls in Python: {error}") from error
+        for name, arguments in calls:
+            self._fresh = True
+            self._parts += [ToolCall(name, self.new_id()), Arguments(arguments, True)]
+        if not calls:
+            self._put(held + code)
 
 
-def _loads(text: str) -> Any:
-    """Reads JSON, with line ends in strings, as models write them; raises ValueError."""
-
-    def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON")
-
+def _python_calls(code: str) -> list[tuple[str, str]]:
+    """Names, and arguments in JSON, of calls in Python; raises ValueError if there is anything else."""
     try:
-        return json.loads(text, strict=False, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("too deep") from error
+        with warnings.catch_warnings(action="ignore"):  # what is odd about a model's Python interests nobody
+            statements = ast.parse(code.strip()).body
+        calls = []
+        for statement in statements:
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            calls += [_python_call(node) for node in (value.elts if isinstance(value, ast.List) else [value])]
+        return calls
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"no calls in Python: {error}") from error
+
+
+def _python_call(node: ast.expr | None) -> tuple[str, str]:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute) or node.args:
+        raise ValueError("something else than a call with named arguments")
+    arguments: dict[Any, Any] = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
+    if None in arguments:
+        raise ValueError("**: no name")
+    name, text = ast.unparse(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    (name + text).encode()  # half a surrogate pair, from an escape, could not be sent
+    return name, text
 
 
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
