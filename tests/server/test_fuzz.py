@@ -9,7 +9,13 @@ from tests.server.conftest import BEARER
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: uv sync")
 
-REPAIRS: dict[str, Any] = {"model": "tiny", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+REPAIRS: dict[str, Any] = {"model": "tiny", "prompt": "x", "messages": [{"role": "user", "content": "x"}], "input": "x"}
+LENGTHS = {
+    "/v1/completions": "max_tokens",
+    "/v1/chat/completions": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+"""Fields that say how long answers may be, where there are any."""
 LONGEST = 3
 COMMON: Any = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
@@ -19,13 +25,13 @@ def api(server):
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=BEARER)
 
 
-def shortened(body: Any) -> Any:
+def shortened(body: Any, path: str) -> Any:
     """The same, but no answer takes long."""
     if not isinstance(body, dict):
         return body
     lengths = {}
-    for name in ("max_tokens", "max_completion_tokens", "n"):
-        value = body.get(name, LONGEST if name == "max_tokens" else None)
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
+        value = body.get(name, LONGEST if name == LENGTHS.get(path) else None)
         if isinstance(value, int) and not isinstance(value, bool) and value > LONGEST:
             value = LONGEST
         lengths |= {} if value is None else {name: value}
@@ -38,7 +44,7 @@ def check(case: Any) -> None:
     if isinstance(case.body, dict):
         bodies.append(case.body | {name: REPAIRS[name] for name in REPAIRS if name in case.body})
     for body in bodies:
-        case.body = shortened(body) if case.method == "POST" else body
+        case.body = shortened(body, case.path) if case.method == "POST" else body
         answer = case.call(timeout=60)
         assert answer.status_code < 500, (answer.status_code, answer.text, case.body)
         if answer.status_code >= 400:
