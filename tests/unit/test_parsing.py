@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
@@ -278,6 +278,7 @@ def written(name: str, calls: list[tuple[str, str]], variant: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "gemma", "forced"])
+@settings(max_examples=50)
 @given(calls=several, variant=st.integers(0, 7), lengths=cuts, where=st.floats(0, 1))
 def test_calls_are_what_the_model_wrote(name, calls, variant, lengths, where):
     """Character for character, however it comes; and the beginning of it if the text is cut off."""
