@@ -25,6 +25,7 @@ from jaxengine.runner.input_batch import PackedLayout, RowLayout, SlotTable, ord
 from jaxengine.runner.memory import num_pages_that_fit
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
 from jaxengine.runner.programs import (
+    CopyTokensKey,
     MaskKey,
     ProgramKey,
     PromptLogprobsKey,
@@ -33,7 +34,14 @@ from jaxengine.runner.programs import (
     temporary_bytes,
 )
 from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
-from jaxengine.runner.steps import FlatModel, ForwardOutputs, make_forward, make_prompt_logprobs, make_sampler
+from jaxengine.runner.steps import (
+    FlatModel,
+    ForwardOutputs,
+    copy_tokens,
+    make_forward,
+    make_prompt_logprobs,
+    make_sampler,
+)
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import (
     EVERY_FEATURE,
@@ -68,12 +76,15 @@ class ForwardStep(NamedTuple):
     Attributes:
         orders: Of each shard: the rows of the step, as indices of its batch's sequences.
         rows: The sampler's part of the step's buffer.
+        packed: The whole buffer on the device. It lives until the tokens have been copied, so that their copy takes
+            no part of its memory and the next step's buffer takes all of it; see `copy_tokens`.
     """
 
     batches: Sequence[ScheduledBatch]
     orders: list[list[int]]
     bucket: Bucket
     rows: np.ndarray
+    packed: jax.Array
     outputs: ForwardOutputs
 
 
@@ -138,7 +149,7 @@ class ModelRunner:
 
     def _warmup_keys(self) -> list[ProgramKey]:
         order = warmup_order(self.buckets)
-        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], SetSlotKey()]
+        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], CopyTokensKey(), SetSlotKey()]
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
@@ -165,14 +176,14 @@ class ModelRunner:
                 caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
                 args = leaves, caches, last_token, self._own((layout.size,))
                 carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
-                out_shardings = *carried, ForwardOutputs._make((outputs, logits_place, hidden_place))
+                out_shardings = *carried, ForwardOutputs._make((logits_place, hidden_place))
             case SamplerKey(num_seqs, features, processors):
                 rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
                 function = make_sampler(rows, features=features, processors=processors, num_top=num_top)
                 logits = abstract(self._own((num_seqs, self._vocab_size), jnp.float32), logits_place)
                 args = (state if features == EVERY_FEATURE else None), last_token, logits, self._own((rows.size,))
                 logprobs = outputs if features == EVERY_FEATURE else None
-                out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), outputs, logprobs
+                out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), logprobs
             case MaskKey(num_seqs):
                 function, shared, donated = mask_logits, (), (0,)
                 logits = abstract(self._own((num_seqs, self._vocab_size), jnp.float32), logits_place)
@@ -182,6 +193,8 @@ class ModelRunner:
                 hidden = self._own((num_tokens, self.model_config.hidden_size), self.config.dtype)
                 args = leaves, hidden, self._own((num_tokens,))
                 out_shardings = outputs
+            case CopyTokensKey():
+                function, shared, donated, args, out_shardings = copy_tokens, (), (), (last_token,), outputs
             case SetSlotKey():
                 function, shared, donated = _set_own_slot, (2,), (0,)
                 values = SlotValues(*(getattr(state, name) for name in SlotValues._fields))
@@ -307,9 +320,10 @@ class ModelRunner:
         layout = self._layouts[bucket]
         packed = pack(batches, orders, layout, self._slots)
         forward = self._compiler.get(bucket)
-        args = self._leaves, self._caches, self._last_token, self._put_own(packed)
+        on_device = self._put_own(packed)
+        args = self._leaves, self._caches, self._last_token, on_device
         self._caches, self._last_token, outputs = forward(*args)
-        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), outputs)
+        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), on_device, outputs)
 
     def sample(self, step: ForwardStep, masks: Sequence[TokenMasks] | None = None) -> StepHandle:
         """Dispatches the rest of a step and returns at once.
@@ -318,8 +332,9 @@ class ModelRunner:
             step: The newest step.
             masks: What grammars allow, for each shard.
         """
-        batches, orders, bucket, _, outputs = step
-        tokens, logprobs = self._sample(step if masks is None else self._mask(step, masks), has_masks=masks is not None)
+        batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
+        logprobs = self._sample(step if masks is None else self._mask(step, masks), has_masks=masks is not None)
+        tokens = self._compiler.get(CopyTokensKey())(self._last_token)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
             compute = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))
@@ -341,24 +356,24 @@ class ModelRunner:
         logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._num_mask_words)))
         return step._replace(rows=rows, outputs=step.outputs._replace(logits=logits))
 
-    def _sample(self, step: ForwardStep, *, has_masks: bool) -> tuple[jax.Array, Logprobs | None]:
-        """The tokens, and their log probabilities if a row asks for them."""
+    def _sample(self, step: ForwardStep, *, has_masks: bool) -> Logprobs | None:
+        """Samples what is not greedy; returns log probabilities if a row asks for them."""
         outputs, layout, rows = step.outputs, self._layouts[step.bucket].rows, step.rows
         wanted = layout.wanted_features(rows)
         if has_masks:
             wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
-            return outputs.tokens, None
+            return None
         features = feature_set(wanted)
         sampler = self._compiler.get(SamplerKey(layout.num_seqs, features, self._processors))
         state = self._state if features == EVERY_FEATURE else None
         args = state, self._last_token, outputs.logits, self._put_own(rows)
-        state, self._last_token, tokens, logprobs = sampler(*args)
+        state, self._last_token, logprobs = sampler(*args)
         if features == EVERY_FEATURE:
             self._state = state
-        return tokens, logprobs if wanted & LOGPROBS else None
+        return logprobs if wanted & LOGPROBS else None
 
-    def _put_own(self, x: np.ndarray) -> np.ndarray | jax.Array:
+    def _put_own(self, x: np.ndarray) -> jax.Array:
         """An argument whose first axis the shards share out."""
         return self._place.put(x, self._place.shards())
 

@@ -47,10 +47,10 @@ class Placement:
         """Of what the host reads: every process reads everything."""
         return self.replicated() if is_multiprocess() else self.shards()
 
-    def put(self, x: np.ndarray, sharding: NamedSharding | None) -> np.ndarray | jax.Array:
+    def put(self, x: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
         """Makes a host array, the same in all processes, an argument of a compiled function."""
         if sharding is None or not is_multiprocess():
-            return x
+            return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     def heads(self) -> NamedSharding | None:

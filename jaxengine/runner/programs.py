@@ -38,8 +38,13 @@ class SetSlotKey:
     """What initialises a row of the sampler's state."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CopyTokensKey:
+    """What copies the sampled tokens for the host."""
+
+
 # Buckets stand for the model's part of a step.
-ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
+ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey | CopyTokensKey
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:
