@@ -17,6 +17,9 @@ WARMUPS = ("background", "full", "lazy", "none")
 LOAD_FORMATS = ("auto", "dummy")
 EXECUTOR_BACKENDS = (None, "external_launcher")
 ATTENTION_BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
+DEFAULT_STEP_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 2048}
+"""On an H100, prompts of Llama-3.1-8B run 12% faster in steps of 8192 tokens than of 2048 (matmuls of 580 to 670
+TFLOP/s with 2048 rows; 2026-11-25). On TPUs nothing was measured."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +44,7 @@ class EngineArgs:
             which share the devices of all; None: in one.
         max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
         max_num_seqs: Requests running at once; None: 256, on CPU 64.
-        max_num_batched_tokens: Tokens of one step at most; None: 2048, on CPU 512.
+        max_num_batched_tokens: Tokens of one step at most; None: `DEFAULT_STEP_TOKENS` of the platform.
         block_size: Tokens of a page.
         num_gpu_blocks_override: Pages of the KV cache, instead of sizing it from the memory.
         kv_cache_memory_bytes: Memory of the KV cache, instead of what is left on the device (on CPU: of 384 MiB).
@@ -161,7 +164,9 @@ class EngineArgs:
         backend = choose_implementation(attention, platform, self.attention_backend)
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
-        default_tokens = max(512 if is_cpu else 2048, max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len)
+        default_tokens = max(
+            DEFAULT_STEP_TOKENS[platform], max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len
+        )
 
         # Which step runs must not depend on what one process has compiled already.
         without_races = {"background": "full", "lazy": "none"}
