@@ -31,6 +31,7 @@ from jaxengine.runner.programs import (
     PromptLogprobsKey,
     SamplerKey,
     SetSlotKey,
+    TakeInputsKey,
     temporary_bytes,
 )
 from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
@@ -41,6 +42,7 @@ from jaxengine.runner.steps import (
     make_forward,
     make_prompt_logprobs,
     make_sampler,
+    take_inputs,
 )
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import (
@@ -76,15 +78,12 @@ class ForwardStep(NamedTuple):
     Attributes:
         orders: Of each shard: the rows of the step, as indices of its batch's sequences.
         rows: The sampler's part of the step's buffer.
-        packed: The whole buffer on the device. It lives until the tokens have been copied, so that their copy takes
-            no part of its memory and the next step's buffer takes all of it; see `copy_tokens`.
     """
 
     batches: Sequence[ScheduledBatch]
     orders: list[list[int]]
     bucket: Bucket
     rows: np.ndarray
-    packed: jax.Array
     outputs: ForwardOutputs
 
 
@@ -132,6 +131,7 @@ class ModelRunner:
         self._caches: list = []
         self._state: Any = None
         self._last_token: Any = None
+        self._held_inputs: dict[int, jax.Array] = {}
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads)
         if config.warmup != "none":
@@ -149,12 +149,17 @@ class ModelRunner:
 
     def _warmup_keys(self) -> list[ProgramKey]:
         order = warmup_order(self.buckets)
-        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], CopyTokensKey(), SetSlotKey()]
+        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], *self._copy_keys(order), SetSlotKey()]
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
         keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))
+
+    def _copy_keys(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
+        """What copies tokens out of steps, and inputs into them."""
+        is_gpu = self.config.platform == "gpu"
+        return [CopyTokensKey(), *(TakeInputsKey(self._layouts[bucket].size) for bucket in buckets if is_gpu)]
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
@@ -195,6 +200,9 @@ class ModelRunner:
                 out_shardings = outputs
             case CopyTokensKey():
                 function, shared, donated, args, out_shardings = copy_tokens, (), (), (last_token,), outputs
+            case TakeInputsKey(size):
+                function, shared, donated = take_inputs, (), (0,)
+                args, out_shardings = (self._own((size,)), self._own((size,))), place.shards()
             case SetSlotKey():
                 function, shared, donated = _set_own_slot, (2,), (0,)
                 values = SlotValues(*(getattr(state, name) for name in SlotValues._fields))
@@ -205,7 +213,8 @@ class ModelRunner:
         function = place.of_every_shard(function, [i in shared for i in range(len(args))])
         places = {} if place.mesh is None else {"out_shardings": out_shardings}
         with place.context():
-            return jax.jit(function, donate_argnums=donated, **places).lower(*args)
+            jitted = jax.jit(function, donate_argnums=donated, keep_unused=isinstance(key, TakeInputsKey), **places)
+            return jitted.lower(*args)
 
     def _own(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         """What every shard has so much of, one part after the other."""
@@ -250,8 +259,9 @@ class ModelRunner:
         self._compiler.wait(keys)
 
     def compile_ahead(self, shapes: Iterable[StepShape]) -> list[ProgramKey]:
-        """Queues the model's parts of greedy steps of these shapes, and returns their keys."""
-        keys: list[ProgramKey] = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
+        """Queues what greedy steps of these shapes need, and returns the keys."""
+        buckets = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
+        keys: list[ProgramKey] = [*buckets, *self._copy_keys(buckets)]
         self._compiler.add(keys)
         return keys
 
@@ -320,10 +330,9 @@ class ModelRunner:
         layout = self._layouts[bucket]
         packed = pack(batches, orders, layout, self._slots)
         forward = self._compiler.get(bucket)
-        on_device = self._put_own(packed)
-        args = self._leaves, self._caches, self._last_token, on_device
+        args = self._leaves, self._caches, self._last_token, self._put_inputs(packed)
         self._caches, self._last_token, outputs = forward(*args)
-        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), on_device, outputs)
+        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), outputs)
 
     def sample(self, step: ForwardStep, masks: Sequence[TokenMasks] | None = None) -> StepHandle:
         """Dispatches the rest of a step and returns at once.
@@ -372,6 +381,18 @@ class ModelRunner:
         if features == EVERY_FEATURE:
             self._state = state
         return logprobs if wanted & LOGPROBS else None
+
+    def _put_inputs(self, packed: np.ndarray) -> jax.Array:
+        """A step's buffer on the device: on a GPU at the same place whenever a step of its size runs."""
+        fresh = self._put_own(packed)
+        if self.config.platform != "gpu":
+            return fresh
+        size = packed.size // self._place.num_shards
+        held = self._held_inputs.pop(size, None)
+        if held is None:
+            held = self._put_own(np.zeros_like(packed))
+        self._held_inputs[size] = self._compiler.get(TakeInputsKey(size))(held, fresh)
+        return self._held_inputs[size]
 
     def _put_own(self, x: np.ndarray) -> jax.Array:
         """An argument whose first axis the shards share out."""
@@ -449,6 +470,7 @@ class ModelRunner:
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
         self._leaves, self._caches, self._state, self._last_token = None, [], None, None
+        self._held_inputs.clear()
 
     @property
     def is_sleeping(self) -> bool:
