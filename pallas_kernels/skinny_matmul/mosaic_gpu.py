@@ -6,7 +6,6 @@ costs nothing while memory is what takes time. So that all multiprocessors read,
 parts, which whoever reads them adds up, in the same order every time.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -15,33 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxengine.pallas_kernels.skinny_matmul.config import ROWS, Config
+
 I32, F32 = jnp.int32, jnp.float32
-ROWS = 64  # of a wgmma
-SMEM_BYTES = 232_448 - 2048  # of a block on Hopper, less what barriers take
-MAX_STAGES = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a product is cut.
-
-    Attributes:
-      tile_n: rows of the weight of a thread block; a multiple of 8, or of 16 for gated products.
-      splits: parts that the sums are cut into.
-      occupancy: thread blocks that share a multiprocessor, and its shared memory.
-      tile_k: columns of a block that one step of the pipeline brings; a multiple of 64.
-    """
-
-    tile_n: int
-    splits: int = 1
-    occupancy: int = 1
-    tile_k: int = 64
-
-
-def num_stages(config: Config, rows: int, out_bytes: int) -> int:
-    """Blocks in flight: what shared memory holds beside the result."""
-    stage = (rows + config.tile_n) * config.tile_k * 2
-    return min(MAX_STAGES, (SMEM_BYTES // config.occupancy - out_bytes) // stage)
 
 
 def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
@@ -52,9 +27,10 @@ def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
       weight: [N, K], of the same 16-bit dtype; the gate's rows before the up's if `gated`.
       config: how to cut it; N must be a multiple of its tile_n, K of its tile_k.
       gated: whether to apply the gate; needs all sums in one part.
+      out_dtype: of a result that is not in parts.
 
     Returns:
-      f32[splits, T, N] to be added up; with one part that is x's dtype: [T, N], or [T, N / 2] if gated.
+      f32[splits, T, N] to be added up; with one part, in `out_dtype` (x's by default): [T, N], or [T, N / 2] if gated.
     """
     num_rows, size_k = x.shape
     size_n = weight.shape[0]
@@ -62,11 +38,10 @@ def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
     halves = 2 if gated else 1
     part_n, tile_k = config.tile_n // halves, config.tile_k
     num_tiles, num_blocks = size_n // config.tile_n, size_k // tile_k
-    is_whole = config.splits == 1
+    is_whole, is_full = config.splits == 1, num_rows % ROWS == 0
     out_dtype = (out_dtype or x.dtype) if is_whole else F32
     out_shape = (num_rows, size_n // halves) if is_whole else (config.splits, num_rows, size_n)
-    out_bytes = warpgroups * ROWS * part_n * jnp.dtype(out_dtype).itemsize
-    stages = num_stages(config, warpgroups * ROWS, out_bytes)
+    stages = config.num_stages(num_rows, jnp.dtype(out_dtype).itemsize, gated=gated)
     if stages < 2:  # a place is free only when the next block has been multiplied
         raise ValueError(f"{config} has no room for two blocks of {num_rows} rows")
     swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
@@ -100,10 +75,13 @@ def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
 
             sums = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, part_n), F32)] * halves)
             result = jax.nn.silu(sums[0]) * sums[1] if gated else sums[0]
-            out[wg] = result.astype(out_dtype)
-            plgpu.commit_smem()
             columns = pl.ds(tile * part_n, part_n)
             target = out_ref if is_whole else out_ref.at[split]
+            if is_full:
+                target[own, columns] = result.astype(out_dtype)
+                return
+            out[wg] = result.astype(out_dtype)
+            plgpu.commit_smem()
             for i in range(warpgroups):
                 used = min(ROWS, num_rows - i * ROWS)
 
@@ -129,6 +107,9 @@ def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
             for i in range(stages):  # every phase of a barrier must be observed
                 pl.when(i < count)(functools.partial(plgpu.barrier_wait, free.at[i]))
 
+    # A profile tells the products of a step apart.
+    kind = "gated_" if gated else ""
+    skinny_matmul.__name__ = f"{kind}skinny_matmul_{num_rows}x{size_n}x{size_k}_" + config.label
     return plgpu.kernel(
         skinny_matmul,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
@@ -139,7 +120,7 @@ def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
         scratch_types=[
             plgpu.SMEM((stages, warpgroups * ROWS, tile_k), x.dtype, transforms=swizzle),
             plgpu.SMEM((stages, halves, part_n, tile_k), x.dtype, transforms=swizzle),
-            plgpu.SMEM((warpgroups, ROWS, part_n), out_dtype),
+            plgpu.SMEM((0 if is_full else warpgroups, ROWS, part_n), out_dtype),
             plgpu.Barrier(num_arrivals=1 + halves, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         ],
