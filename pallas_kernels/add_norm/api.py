@@ -32,7 +32,8 @@ def add_norm(
     parts = parts[None] if parts.ndim == 2 else parts
     if residual.ndim != 2 or parts.shape[1:] != residual.shape or weight.shape != residual.shape[1:]:
         raise ValueError(
-            f"expected residual[T, D], parts[S, T, D] and weight[D], got {residual.shape}, {parts.shape}, {weight.shape}"
+            f"expected residual[T, D], parts[S, T, D] and weight[D], got {residual.shape}, {parts.shape} and "
+            f"{weight.shape}"
         )
     is_narrow = residual.dtype in (jnp.bfloat16, jnp.float16)
     if is_narrow and residual.shape[0] and residual.shape[1] % COLUMNS == 0 and is_hopper():

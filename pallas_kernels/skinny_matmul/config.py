@@ -19,7 +19,8 @@ MAX_STAGES = 12
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # of device kinds; an AbstractDevice knows no compute capability
 
 # For `seconds`: what the blocks of an H100 can draw from memory and from the L2 cache, all of them and one alone.
-MEMORY_RATE, CACHE_RATE, BLOCK_RATE = 3.0e12, 5.5e12, 60e9
+MEMORY_RATE, CACHE_RATE = 3.0e12, 5.5e12
+MEMORY_RATE_ALONE, CACHE_RATE_ALONE = 28e9, 60e9
 WAVE_SECONDS = 1.0e-6  # until a block's first bytes are there, and after its last
 
 
@@ -76,7 +77,7 @@ class Config:
         total = 0.0
         while blocks > 0:
             count = min(blocks, slots)
-            alone = block_bytes / BLOCK_RATE * math.ceil(count / num_sms)
+            alone = max(weight_bytes / MEMORY_RATE_ALONE, block_bytes / CACHE_RATE_ALONE) * math.ceil(count / num_sms)
             total += max(count * weight_bytes / MEMORY_RATE, count * block_bytes / CACHE_RATE, alone)
             total += WAVE_SECONDS / self.occupancy
             blocks -= count
@@ -92,7 +93,7 @@ def candidates(num_rows: int, size_n: int, size_k: int, num_sms: int, *, gated: 
     """All possible ways to cut a product, the most promising first."""
     configs = [
         Config(tile_n, splits, occupancy)
-        for tile_n in range(16, MAX_TILE + 1, 16)
+        for tile_n in range(32, MAX_TILE + 1, 16)
         for occupancy in (1, 2)
         for splits in (range(1, 9) if not gated else (1,))
     ]

@@ -198,8 +198,8 @@ def test_products_of_models_are_cut(size_n, size_k, gated):
             config = choose_config(num_rows, size_n, size_k, gated=gated)
             assert config is not None
             assert config.is_possible(num_rows, size_n, size_k, gated=gated)
-            # All multiprocessors read, or nearly all.
-            assert size_n // config.tile_n * config.splits >= 96
+            # Most multiprocessors read.
+            assert size_n // config.tile_n * config.splits >= 64
 
 
 def test_tuning_files_replace_the_heuristic(monkeypatch):
