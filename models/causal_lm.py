@@ -18,7 +18,7 @@ from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.embedding import Embedding
 from jaxengine.models.layers.linear import Linear, matmul
 from jaxengine.models.layers.mlp import GatedMLP
-from jaxengine.models.layers.norm import LayerNorm, RMSNorm
+from jaxengine.models.layers.norm import LayerNorm, RMSNorm, Sum
 from jaxengine.models.layers.rope import RopeTable, rope_table
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.weights import WeightSpec, parameters
@@ -45,12 +45,13 @@ class DecoderLayer(nnx.Module):
 
     @jax.jit
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
-    ) -> tuple[jax.Array, Any]:
+        self, x: jax.Array | Sum, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
+    ) -> tuple[jax.Array | Sum, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, cache, meta)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x, normed = self.input_layernorm.added(x)
+        attended, cache = self.self_attn(normed, rope, cache, meta, in_parts=True)
+        x, normed = self.post_attention_layernorm.added(Sum(x, attended))
+        return Sum(x, self.mlp(normed, in_parts=True)), cache
 
 
 class CausalLM(nnx.Module):
@@ -150,7 +151,7 @@ class CausalLM(nnx.Module):
                 )
             x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window])
             new_caches.append(cache)
-        return self.norm(x), new_caches
+        return self.norm.added(x)[1], new_caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the rows that sample: `[R, D]` to f32[R, V]."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxengine.models.layers.norm import add_up
 from jaxengine.models.layers.rope import RopeTable
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, shift_pages
 
@@ -52,7 +53,8 @@ class LayerStack(nnx.Module):
         def body(i, carry):
             x, cache = carry
             leaves = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), state)
-            return nnx.merge(graphdef, leaves)(x, rope, cache, shift_pages(meta, i * num_pages))
+            x, cache = nnx.merge(graphdef, leaves)(x, rope, cache, shift_pages(meta, i * num_pages))
+            return add_up(x), cache
 
         return lax.fori_loop(0, self.num_layers, body, (x, cache))
 

@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
+        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, *, in_parts: bool = False
     ) -> tuple[jax.Array, Any]:
         """Attends, and writes the new keys and values into the cache.
 
@@ -86,6 +86,7 @@ class Attention(nnx.Module):
             rope: cos and sin of the T positions; None where this layer does not rotate.
             cache: This layer's cache.
             meta: Which tokens belong to which sequences and pages.
+            in_parts: See `Linear`.
 
         Returns:
             `[T, D]` and the cache with the new keys and values.
@@ -101,7 +102,7 @@ class Attention(nnx.Module):
             ragged_paged_attention, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
         )
         out, cache = (over_heads(attend) if is_split else attend)(q, k, v, cache, meta)  # [T, N, H]
-        return self.o_proj(out.reshape(x.shape[0], self.sizes[0])), cache
+        return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), in_parts=in_parts), cache
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""

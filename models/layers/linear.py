@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.pallas_kernels.skinny_matmul import has_kernel, skinny_matmul
 from jaxengine.sharding.layout import Runs
 
 CONVERTED_BYTES = 8 * 2**20
@@ -110,12 +111,17 @@ class Linear(nnx.Module):
         self.weight = parameter(shape, axes, dtype=dtype, rngs=rngs, columns=columns, **order)
         self.bias = parameter(shape[:1], axes[:1], dtype=dtype, rngs=rngs, init="zeros", **order) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
-        """Applies the layer."""
+    def __call__(self, x: jax.Array, *, in_parts: bool = False) -> jax.Array:  # [..., in] -> [..., out]
+        """Applies the layer. `in_parts` allows a result in parts, f32[S, T, out], for a `Sum`."""
+        weight = self.weight[...]
+        has_own = x.dtype == weight.dtype and has_kernel(x.shape, weight.shape, x.dtype)
+        if in_parts and has_own and self.bias is None:
+            return skinny_matmul(x, weight)
+        multiply = skinny_matmul if has_own else matmul
         if self.bias is None:
-            return matmul(x, self.weight[...])
+            return multiply(x, weight, x.dtype)
         # The bias is added before rounding, as a fused kernel would.
-        return (matmul(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (multiply(x, weight, jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def split_fused(x: jax.Array, parts: Sequence[int], size: int) -> list[jax.Array]:

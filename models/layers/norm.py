@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +11,21 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.pallas_kernels.add_norm import add_norm
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import Runs
+
+
+class Sum(NamedTuple):
+    """Hidden states that are still to be added up, so that the norm after them can do it.
+
+    Attributes:
+        x: The residual, `[T, D]`.
+        parts: What a layer adds: `[T, D]`, or in parts, f32[S, T, D].
+    """
+
+    x: jax.Array
+    parts: jax.Array
 
 
 class RMSNorm(nnx.Module):
@@ -51,6 +66,12 @@ class RMSNorm(nnx.Module):
         normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (normed * scale).astype(x.dtype)
 
+    def added(self, x: jax.Array | Sum) -> tuple[jax.Array, jax.Array]:
+        """Adds up what is not yet, and norms it: the new residual and its norm, `[T, D]` each."""
+        if not isinstance(x, Sum):
+            return x, self(x)
+        return add_norm(*x, self.weight[...], eps=self.eps, offset=self.offset)
+
 
 class LayerNorm(nnx.Module):
     """Layer norm with bias over the last axis."""
@@ -67,3 +88,16 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+    def added(self, x: jax.Array | Sum) -> tuple[jax.Array, jax.Array]:
+        """See `RMSNorm.added`."""
+        x = add_up(x)
+        return x, self(x)
+
+
+def add_up(x: jax.Array | Sum) -> jax.Array:
+    """Hidden states as one array."""
+    if not isinstance(x, Sum):
+        return x
+    parts = x.parts if x.parts.ndim == x.x.ndim else x.parts.sum(axis=0)
+    return (x.x.astype(parts.dtype) + parts).astype(x.x.dtype)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxengine.pallas_kernels.add_norm import reference
-from jaxengine.pallas_kernels.skinny_matmul.config import is_hopper
+from jaxengine.pallas_kernels.skinny_matmul.config import MAX_ROWS, MIN_ROWS, is_hopper
 
 COLUMNS = 512  # of a row, or a multiple of it: each thread of the kernel reads at least four at once
 
@@ -14,7 +14,8 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds to the residual and applies a root mean square norm over the last axis (arXiv 1910.07467), in float32.
 
-    On a Hopper GPU that is one kernel, if D is a multiple of 512 and the dtype has 16 bits; elsewhere XLA fuses it.
+    On a Hopper GPU that is one kernel for 8 to 256 rows, if D is a multiple of 512 and the dtype has 16 bits; elsewhere
+    XLA fuses it.
 
     Args:
       residual: [T, D].
@@ -36,7 +37,8 @@ def add_norm(
             f"{weight.shape}"
         )
     is_narrow = residual.dtype in (jnp.bfloat16, jnp.float16)
-    if is_narrow and residual.shape[0] and residual.shape[1] % COLUMNS == 0 and is_hopper():
+    has_few_rows = MIN_ROWS <= residual.shape[0] <= MAX_ROWS
+    if is_narrow and has_few_rows and residual.shape[1] % COLUMNS == 0 and is_hopper():
         from jaxengine.pallas_kernels.add_norm import mosaic_gpu
 
         return mosaic_gpu.add_norm(residual, parts, weight, eps=eps, offset=offset)

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxengine.pallas_kernels.skinny_matmul.config import MAX_ROWS, choose_config, is_hopper
-
-MIN_ROWS = 8  # fewer are products with vectors, which XLA fuses with what is before and after them
+from jaxengine.pallas_kernels.skinny_matmul.config import MAX_ROWS, MIN_ROWS, choose_config, is_hopper
 
 
 def has_kernel(x_shape: Sequence[int], weight_shape: Sequence[int], dtype: DTypeLike, *, gated: bool = False) -> bool:

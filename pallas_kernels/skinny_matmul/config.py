@@ -11,11 +11,13 @@ import jax
 from jax.sharding import AxisType
 
 ROWS = 64  # of a wgmma
+MIN_ROWS = 8  # fewer are products with vectors, which XLA fuses with what is before and after them
 MAX_ROWS = 256
 SMEM_BYTES = 232_448 - 2048  # of a block on Hopper, less what barriers take
 REGISTERS = 65_536  # of a multiprocessor
 MAX_TILE = 256  # rows that one TMA copy brings, and columns of a wgmma
 MAX_STAGES = 12
+H100 = "nvidia_h100_80gb_hbm3"
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # of device kinds; an AbstractDevice knows no compute capability
 
 # For `seconds`: what the blocks of an H100 can draw from memory and from the L2 cache, all of them and one alone.
@@ -105,7 +107,7 @@ def choose_config(num_rows: int, size_n: int, size_k: int, *, gated: bool) -> Co
     """How to cut a product on the device that is compiled for: what was measured there, or else what looks best.
 
     Returns:
-      None if no way to cut it is possible.
+      None if no way to cut it is possible, or XLA's own product was faster.
     """
     device = _device()
     kind, num_sms = device.device_kind, getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 132
@@ -115,20 +117,22 @@ def choose_config(num_rows: int, size_n: int, size_k: int, *, gated: bool) -> Co
 @functools.cache
 def _choose_config(num_rows: int, size_n: int, size_k: int, gated: bool, kind: str, num_sms: int) -> Config | None:
     product = f"{size_n}x{size_k}{' gated' if gated else ''}"
-    measured = {int(rows): Config(**c) for rows, c in _tuning(kind).get("configs", {}).get(product, {}).items()}
+    measured = {int(rows): c for rows, c in _tuning(kind).get("configs", {}).get(product, {}).items()}
     # What is best for more rows is possible for fewer, and near the best.
     for rows in sorted(measured):
-        if rows >= num_rows and measured[rows].is_possible(num_rows, size_n, size_k, gated=gated):
-            return measured[rows]
+        if rows >= num_rows:
+            config = None if measured[rows] is None else Config(**measured[rows])
+            if config is None or config.is_possible(num_rows, size_n, size_k, gated=gated):
+                return config
     return next(iter(candidates(num_rows, size_n, size_k, num_sms, gated=gated)), None)
 
 
 @functools.cache
 def _tuning(device_kind: str) -> dict:
-    """The tuning file of a device kind, such as "NVIDIA H200"; empty where there is none."""
-    folder = device_kind.lower().replace(" ", "_")
-    file = resources.files("jaxengine.pallas_kernels") / "tuning" / folder / "skinny_matmul.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """The tuning file of a device kind, such as "NVIDIA H200"; that of the H100 for one that has none."""
+    tuning = resources.files("jaxengine.pallas_kernels") / "tuning"
+    files = (tuning / folder / "skinny_matmul.json" for folder in (device_kind.lower().replace(" ", "_"), H100))
+    return next((json.loads(file.read_text()) for file in files if file.is_file()), {})
 
 
 def _device():

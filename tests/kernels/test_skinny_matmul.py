@@ -16,7 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.mlp import GatedMLP
+from jaxengine.models.layers.norm import RMSNorm, Sum
 from jaxengine.pallas_kernels.add_norm import add_norm, reference
 from jaxengine.pallas_kernels.skinny_matmul import config as configs
 from jaxengine.pallas_kernels.skinny_matmul import gated_skinny_matmul, has_kernel, mosaic_gpu, skinny_matmul
@@ -196,7 +200,9 @@ def test_products_of_models_are_cut(size_n, size_k, gated):
     with jax.sharding.use_abstract_mesh(MESH):
         for num_rows in (8, 16, 32, 48, *range(64, 257, 16)):
             config = choose_config(num_rows, size_n, size_k, gated=gated)
-            assert config is not None
+            if config is None:  # XLA's product was measured to be faster
+                assert num_rows > 128 or (size_n, size_k, num_rows) == (3072, 2048, 16)
+                continue
             assert config.is_possible(num_rows, size_n, size_k, gated=gated)
             # Most multiprocessors read.
             assert size_n // config.tile_n * config.splits >= 64
@@ -204,16 +210,45 @@ def test_products_of_models_are_cut(size_n, size_k, gated):
 
 def test_tuning_files_replace_the_heuristic(monkeypatch):
     want = Config(48, 2, 2)
-    tuning = {"configs": {"6144x4096": {"64": dataclasses.asdict(want)}}}
+    tuning = {"configs": {"6144x4096": {"64": dataclasses.asdict(want), "80": None}}}
     monkeypatch.setattr(configs, "_tuning", lambda kind: tuning if "H100" in kind else {})
     configs._choose_config.cache_clear()
     try:
         with jax.sharding.use_abstract_mesh(MESH):
             assert choose_config(64, 6144, 4096, gated=False) == want
             assert choose_config(32, 6144, 4096, gated=False) == want  # nearest above
+            assert choose_config(80, 6144, 4096, gated=False) is None  # XLA's is faster
             assert choose_config(128, 6144, 4096, gated=False) == candidates(128, 6144, 4096, 132, gated=False)[0]
     finally:
         configs._choose_config.cache_clear()
+
+
+def test_layers_use_the_kernels(interpret):
+    """A gated MLP between two norms: as in plain JAX, with kernels on a Hopper and none elsewhere."""
+    config = ModelConfig.from_hf(
+        {"architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1}
+        | {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64}
+    )
+    rngs = nnx.Rngs(0)
+    mlp = GatedMLP(config, dtype=jnp.bfloat16, rngs=rngs)
+    norm = RMSNorm(512, eps=1e-5, dtype=jnp.bfloat16, rngs=rngs)
+    graphdef, state = nnx.split((mlp, norm))
+    x, attended = draw(9, (16, 512), (16, 512))
+
+    def run(state, x, attended):
+        mlp, norm = nnx.merge(graphdef, state)
+        x, normed = norm.added(Sum(x, attended))
+        return norm.added(Sum(x, mlp(normed, in_parts=True)))
+
+    def num_kernels() -> int:
+        return str(jax.make_jaxpr(run)(state, x, attended)).count("mpmd_map[")
+
+    assert num_kernels() == 0
+    with jax.sharding.use_abstract_mesh(MESH):
+        assert num_kernels() == 4  # add_norm, gated product, product, add_norm
+    plain, kernels = run(state, x, attended), interpret(run, state, x, attended)
+    for got, want in zip(kernels, plain, strict=True):
+        assert error(got, want) < BOUNDS["bfloat16"]
 
 
 def test_bad_shapes_are_refused():
@@ -249,14 +284,14 @@ def main() -> None:
             function = gated_skinny_matmul if gated else skinny_matmul
             args = [shape(s, jnp.bfloat16) for s in ((num_rows, size_k), (size_n, size_k))]
             text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
-            print(
-                json.dumps({"case": [num_rows, size_n, size_k, gated], "calls": text.count("custom-call(")}), flush=True
-            )
+            case = [num_rows, size_n, size_k, gated]
+            print(json.dumps({"case": case, "calls": (text or "").count("custom-call(")}), flush=True)
         for num_parts, dim in ((4, 4096), (1, 1024), (3, 2560), (2, 8192)):
             args = shape((64, dim), jnp.bfloat16), shape((num_parts, 64, dim), jnp.float32), shape((dim,), jnp.bfloat16)
             call = functools.partial(add_norm, eps=1e-5)
             text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
-            print(json.dumps({"case": [num_parts, dim], "calls": text.count("custom-call(")}), flush=True)
+            case = [num_parts, dim]
+            print(json.dumps({"case": case, "calls": (text or "").count("custom-call(")}), flush=True)
 
 
 @pytest.mark.slow
