@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxengine.bench.floor import tokens_seen
+from jaxengine.bench.floor import decode_bytes, tokens_seen
 from jaxengine.plan.targets import Chip
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _plan_step(runner: ModelRunner, bucket: Bucket, config: EngineConfig, chip: 
     started = time.perf_counter()
     compiled = runner.compile_program(bucket)
     seconds = time.perf_counter() - started
-    read_bytes = _read_bytes(config, runner.weight_bytes(), bucket, context)
+    read_bytes = decode_bytes(config, bucket.num_seqs, context)
     flops = _flops(config, bucket, context)
     return StepPlan(
         *bucket,
@@ -213,21 +213,6 @@ def find_collectives(program: str) -> dict[str, tuple[int, int]]:
 def _bytes(dtype: str, sizes: str) -> int:
     bits = BITS.search(dtype)  # none in "pred"
     return math.prod(int(n) for n in BITS.findall(sizes)) * max(int(bits[0]) if bits else 8, 8) // 8
-
-
-def _read_bytes(config: EngineConfig, weight_bytes: int, bucket: Bucket, context: int) -> float:
-    """What one device must read: its weights but the embedding table, and its part of keys and values."""
-    from jax.numpy import dtype
-
-    model = config.model
-    size = model.tensor_parallel_size
-    table = 0
-    if not model.tie_word_embeddings:
-        shared = size if model.vocab_size % size == 0 else 1
-        table = model.vocab_size * model.hidden_size * dtype(config.weight_dtype).itemsize // shared
-    heads = model.heads.num_kv_heads // size
-    keys = 2 * tokens_seen(config, context) * heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
-    return weight_bytes - table + bucket.num_seqs * keys
 
 
 def _flops(config: EngineConfig, bucket: Bucket, context: int) -> float:
