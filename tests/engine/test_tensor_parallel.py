@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from jaxengine.models.registry import model_class
 from jaxengine.models.weights import parameters
 from jaxengine.pallas_kernels import ragged_paged_attention as op
 from jaxengine.pallas_kernels.ragged_paged_attention import reference
+from jaxengine.sampling import filters
+from jaxengine.sharding.mesh import columns_in_place, make_mesh
 from tests.conftest import write_byte_tokenizer
 
 MODELS = Path(__file__).parents[1] / "models" / "data"
@@ -105,6 +108,7 @@ def test_the_sampler_answers_as_on_one_device_and_little_moves(tmp_path):
     gathered = [count for kind, count in four["collectives"] if kind != "all-reduce"]
     assert 0 < max(gathered) <= LARGEST_GATHERED < CONFIG["hidden_size"] ** 2
     assert "all-reduce" in {kind for kind, _ in four["collectives"]}
+    assert four["thresholds"] == one["thresholds"]
 
 
 def write_random_checkpoint(folder: Path) -> None:
@@ -162,6 +166,17 @@ def replace_kernel() -> list[int]:
     return given
 
 
+def thresholds(size: int) -> list[list[int]]:
+    """What top-k and top-p find on accelerators, with the logits' columns on so many devices."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1024)) * 3, jnp.float32)
+    keys, k = filters._sortable(logits), jnp.asarray([1, 40, 1024], jnp.float32)
+    with jax.set_mesh(make_mesh(1, size)):
+        find = jax.jit(lambda *args: filters._four_bits_at_a_time(*map(columns_in_place, args[:2]), args[2]))
+        # Numbers of tokens, and powers of two: sums that are exact in any order.
+        found = [find(keys, jnp.ones_like(logits), k), find(keys, 2.0 ** jnp.round(logits), 16.0 * k)]
+    return [x.tolist() for x in found]
+
+
 def main(case: str, sizes: list[int]) -> None:
     case, is_rotated = case.removesuffix(ROTATED), case.endswith(ROTATED)
     models: dict[str, dict[str, Any]] = {"smollm2": {}}
@@ -190,6 +205,8 @@ def main(case: str, sizes: list[int]) -> None:
         with LLM(**options, tensor_parallel_size=size) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             answer: dict[str, Any] = {"token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
+            if os.path.isabs(case):
+                answer["thresholds"] = thresholds(size)
             answer |= {"collectives": collectives(llm), "num_rotated": num_rotated}
             print(json.dumps(answer), flush=True)
 
