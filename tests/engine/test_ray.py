@@ -34,7 +34,8 @@ ENGINE: dict[str, Any] = {
 }
 PROMPTS = ["one", "two and more", "three", "four words are here", "five"]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "JAX_PLATFORMS": "cpu"}
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+SETTINGS |= {"RAY_AUTH_MODE": "disabled", "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "jaxengine[ray]"')
