@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 DATA, MODEL, EXPERT = MESH_AXES = ("data", "model", "expert")
 
@@ -39,3 +40,12 @@ def make_mesh(data: int = 1, model: int = 1, expert: int = 1, devices: Sequence[
 def model_axis_size() -> int:
     """Devices that share the model, of the mesh under which a step is being traced; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
+
+
+def columns_in_place(x: jax.Array) -> jax.Array:
+    """Keeps the columns of `[S, V]` with the devices that hold those tokens' logits.
+
+    XLA decides alone where the results of a condition's branches are, and may gather them on every device.
+    """
+    size = model_axis_size()
+    return x if size == 1 or x.shape[1] % size else lax.with_sharding_constraint(x, PartitionSpec(None, MODEL))

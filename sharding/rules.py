@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,9 +38,21 @@ def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequen
     A dimension that its mesh axis does not divide (a vocabulary of 50257 over 8 devices) is replicated: the result is
     the same, and only memory is lost.
     """
+    return NamedSharding(mesh, PartitionSpec(*_divided(mesh.shape, logical_axes, shape)))
+
+
+def shape_on_a_device(
+    sizes: Mapping[str, int], logical_axes: Sequence[str | None], shape: Sequence[int]
+) -> tuple[int, ...]:
+    """The shape of one device's part of a parameter, on a mesh with axes of these sizes; those not named are 1."""
+    entries = _divided(sizes, logical_axes, shape)
+    return tuple(size if entry is None else size // sizes[entry] for entry, size in zip(entries, shape, strict=True))
+
+
+def _divided(sizes: Mapping[str, int], logical_axes: Sequence[str | None], shape: Sequence[int]) -> list[str | None]:
+    """The mesh axis that divides each dimension, or None."""
     entries = partition_spec(logical_axes)
-    divided = [
-        entry if entry is not None and size % mesh.shape[entry] == 0 else None
+    return [
+        entry if entry in sizes and size % sizes[entry] == 0 else None
         for entry, size in zip(entries, shape, strict=True)
     ]
-    return NamedSharding(mesh, PartitionSpec(*divided))

@@ -40,34 +40,40 @@ def copy_bandwidth() -> float | None:
 
 
 def decode_bytes(config: EngineConfig, batch_size: int, context: float) -> float:
-    """Bytes that a decode step must read: the weights once, and the keys and values of the batch once.
+    """Bytes that each device must read for a decode step: its part of the weights, and of the batch's keys and values.
 
     Args:
         config: The engine's configuration.
-        batch_size: B, sequences that decode.
+        batch_size: B, sequences that decode, of one data-parallel shard.
         context: Tokens that each of them attends to, on average.
     """
     return weight_bytes(config) + batch_size * kv_bytes(config, context)
 
 
 def weight_bytes(config: EngineConfig) -> int:
-    """Bytes of all weights but the embedding table, of which a step reads single rows; a tied one is the head."""
+    """Bytes of a device's weights but the embedding table, of which a step reads few rows; a tied one is the head."""
     from jaxengine.models.registry import abstract_model
     from jaxengine.models.weights import parameters
+    from jaxengine.sharding.rules import shape_on_a_device
 
     model = config.model
     found = parameters(abstract_model(model, config.dtype, config.weight_dtype))
     tables = set() if model.tie_word_embeddings else {"embed_tokens.weight"}
-    return sum(math.prod(p.shape) * p.dtype.itemsize for path, p in found.items() if path not in tables)
+    sizes = {"model": model.tensor_parallel_size}
+    return sum(
+        math.prod(shape_on_a_device(sizes, p.get_metadata("axes"), p.shape)) * p.dtype.itemsize
+        for path, p in found.items()
+        if path not in tables
+    )
 
 
 def kv_bytes(config: EngineConfig, context: float) -> float:
-    """Bytes of one sequence's keys and values, of all layers; sliding layers hold their window at most."""
+    """Bytes that a device holds of one sequence's keys and values, of all layers; sliding layers hold their window."""
     from jax.numpy import dtype
 
     model = config.model
-    itemsize = dtype(config.kv_cache_dtype).itemsize
-    return 2 * tokens_seen(config, context) * model.num_kv_heads * model.head_dim * itemsize
+    num_kv_heads = model.heads.num_kv_heads // model.tensor_parallel_size
+    return 2 * tokens_seen(config, context) * num_kv_heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
 
 
 def tokens_seen(config: EngineConfig, context: float) -> float:

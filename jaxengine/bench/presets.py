@@ -69,8 +69,8 @@ GPU_UNITS: dict[GpuKind, str] = {
     "first token": "ms",
 }
 GPU_SOURCE = (
-    "vLLM 0.24.0 on one NVIDIA H100 80GB (3.0 TB/s copy), 2026-11-23, with its defaults but prefix caching off, "
-    "max_num_seqs=256, max_model_len=4608"
+    "vLLM 0.24.0 on NVIDIA H100 80GB (3.0 TB/s copy), as many as here, 2026-11-23, its defaults but prefix caching "
+    "off, max_num_seqs=256, max_model_len=4608"
 )
 GPU_ENGINE_ARGS = {"load_format": "dummy", "enable_prefix_caching": False, "max_num_seqs": 256, "max_model_len": 4608}
 """What the figures were measured with."""
@@ -147,8 +147,25 @@ _GPU_RUNS: list[tuple[GpuKind, int, int | None, dict[str, tuple[float, float]]]]
 ]
 
 
-def gpu_preset() -> list[GpuRow]:
-    """The rows of the comparison with vLLM on one GPU, model by model."""
+_TWO_GPUS: list[tuple[GpuKind, int, float, float]] = [  # of llama-3.1-8b: kind, B, vLLM, our goal; context 1024
+    ("decode", 1, 4.22, 3.7),
+    ("decode", 16, 5.23, 4.3),
+    ("decode", 64, 7.20, 6.0),
+    ("decode", 256, 12.9, 11.3),
+    ("prefill", 64, 72731, 74000),
+]
+
+
+def gpu_preset(tensor_parallel_size: int = 1) -> list[GpuRow]:
+    """The rows of the comparison with vLLM on one GPU, model by model, or of a model that two GPUs share.
+
+    Raises:
+        ValueError: It was not measured with so many.
+    """
+    if tensor_parallel_size == 2:
+        return [GpuRow(kind, "llama-3.1-8b", size, 1024, *figures) for kind, size, *figures in _TWO_GPUS]
+    if tensor_parallel_size != 1:
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: preset 'gpu' has figures for 1 and 2")
     rows: list[GpuRow] = []
     for model, shapes in _GPU_DECODE.items():
         rows += [GpuRow("decode", model, *shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""`jaxengine bench throughput --preset gpu`: the comparison with vLLM on one GPU."""
+"""`jaxengine bench throughput --preset gpu`: the comparison with vLLM, on one GPU or two that share a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def run_gpu_preset(args: argparse.Namespace) -> int:
     Raises:
         ValueError: A wrong argument.
     """
-    rows, given = chosen_rows(args), engine_kwargs(args)
+    given = engine_kwargs(args)
+    rows = chosen_rows(args, given)
     engine_args = GPU_ENGINE_ARGS | given | {"warmup": "none"}
     started, status = time.perf_counter(), Status(quiet=args.quiet)
     status.show("measuring the memory's bandwidth ...")
@@ -66,8 +67,8 @@ def run_gpu_preset(args: argparse.Namespace) -> int:
     return 1 if any(result.error is not None or result.num_compilations for result in results) else 0
 
 
-def chosen_rows(args: argparse.Namespace) -> list[GpuRow]:
-    """The rows that the arguments leave.
+def chosen_rows(args: argparse.Namespace, engine_args: dict[str, Any]) -> list[GpuRow]:
+    """The rows that the arguments leave, for an engine with these of its own.
 
     Raises:
         ValueError: They leave none, or do not go with this preset.
@@ -76,7 +77,10 @@ def chosen_rows(args: argparse.Namespace) -> list[GpuRow]:
         raise ValueError(f"model={args.model!r}: preset 'gpu' has its own models; choose some of them with --models")
     if args.repeat != 1:
         raise ValueError(f"repeat={args.repeat}: must be 1 for preset 'gpu'")
-    rows = gpu_preset()
+    if engine_args.get("data_parallel_size", 1) != 1:
+        size = engine_args["data_parallel_size"]
+        raise ValueError(f"data_parallel_size={size}: preset 'gpu' compares one copy of a model")
+    rows = gpu_preset(engine_args.get("tensor_parallel_size", 1))
     models = list(dict.fromkeys(row.model for row in rows))
     wanted = models if args.models is None else [name.strip() for name in args.models.split(",")]
     for name in wanted:

@@ -114,7 +114,8 @@ def _print(plan: Plan) -> None:
             f"{step.compile_s:.0f}",
         )
     console.print(steps)
-    console.print(f"The largest sampler needs {plan.sampler_bytes / 1e6:.0f} MB beside. Collectives of a step:")
-    for step in plan.steps:
-        moved = [f"{n} {kind}, {size / 1e6:.2f} MB" for kind, (n, size) in sorted(step.collectives.items())]
-        console.print(f"  {step.num_tokens} x {step.num_seqs}: {'; '.join(moved) or 'none'}")
+    console.print(f"The largest sampler needs {plan.sampler_bytes / 1e6:.0f} MB beside. Collectives:")
+    collectives = {f"{step.num_tokens} x {step.num_seqs}": step.collectives for step in plan.steps}
+    for name, found in (collectives | {"sampler": plan.sampler_collectives}).items():
+        moved = [f"{n} {kind}, {size / 1e6:.2f} MB" for kind, (n, size) in sorted(found.items())]
+        console.print(f"  {name}: {'; '.join(moved) or 'none'}")

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxengine.bench.floor import tokens_seen
+from jaxengine.bench.floor import decode_bytes, tokens_seen
 from jaxengine.plan.targets import Chip
 
 if TYPE_CHECKING:
+    from jax.stages import Compiled
+
     from jaxengine.config import EngineConfig
     from jaxengine.runner.buckets import Bucket
     from jaxengine.runner.model_runner import ModelRunner
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 PLACEHOLDER_PAGES = 1024
 """Pages that steps are compiled with: how many there are changes nothing but the size of an argument."""
 COLLECTIVE = re.compile(
-    r"= \(?(?P<shape>[a-z]\w*\[[\d,]*\])[^=\n]* "
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"= (?P<shapes>\S[^=\n]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
 )
+SHAPE = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<sizes>[\d,]*)\]")
+COMMENT = re.compile(r"/\*.*?\*/")
 BITS = re.compile(r"\d+")
 
 
@@ -60,6 +64,7 @@ class Plan:
         memory_bytes: What the engine may use of a device.
         context: Tokens of every sequence that `read_bytes` and `flops` of steps assume.
         sampler_bytes: What the largest sampler needs beside the step's.
+        sampler_collectives: Its collectives, as in `StepPlan`.
         num_pages: Pages that fit beside the weights and the largest temporaries; 0 if nothing fits.
     """
 
@@ -74,6 +79,7 @@ class Plan:
     page_bytes: int
     memory_bytes: int
     sampler_bytes: int = 0
+    sampler_collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_pages: int = 0
     steps: list[StepPlan] = field(default_factory=list)
 
@@ -152,6 +158,7 @@ def make_plan(
         progress("the sampler ...")
         sampler = runner.compile_program(SamplerKey(runner.buckets[-1].num_seqs, EVERY_FEATURE, ()))
         plan.sampler_bytes = temporary_bytes(sampler)
+        plan.sampler_collectives = _collectives(sampler)
     finally:
         runner.close()
     plan.num_pages = max(plan.memory_bytes - plan.weight_bytes - plan.largest_temporaries, 0) // plan.page_bytes
@@ -171,46 +178,41 @@ def _plan_step(runner: ModelRunner, bucket: Bucket, config: EngineConfig, chip: 
     started = time.perf_counter()
     compiled = runner.compile_program(bucket)
     seconds = time.perf_counter() - started
-    program = compiled.as_text()
-    assert program is not None
-    read_bytes = _read_bytes(config, runner.weight_bytes(), bucket, context)
+    read_bytes = decode_bytes(config, bucket.num_seqs, context)
     flops = _flops(config, bucket, context)
     return StepPlan(
         *bucket,
         compile_s=round(seconds, 2),
         temporary_bytes=temporary_bytes(compiled),
-        collectives=find_collectives(program),
+        collectives=_collectives(compiled),
         read_bytes=read_bytes,
         flops=flops,
         roofline_ms=1000 * max(read_bytes / chip.bandwidth, flops / chip.flops),
     )
 
 
+def _collectives(compiled: Compiled) -> dict[str, tuple[int, int]]:
+    program = compiled.as_text()
+    assert program is not None
+    return find_collectives(program)
+
+
 def find_collectives(program: str) -> dict[str, tuple[int, int]]:
     """How many collectives of each kind a compiled program has, and bytes of their results."""
     found: dict[str, tuple[int, int]] = {}
-    for match in COLLECTIVE.finditer(program):
-        name, _, sizes = match["shape"].partition("[")
-        bits = BITS.search(name)  # none in "pred"
-        size = math.prod(int(n) for n in BITS.findall(sizes)) * max(int(bits[0]) if bits else 8, 8) // 8
+    for match in COLLECTIVE.finditer(COMMENT.sub("", program)):
+        shapes = SHAPE.findall(match["shapes"])
+        if match["start"] and len(shapes) > 1:  # operands, results, and perhaps numbers that tell where they are
+            shapes = [shape for shape in shapes if shape != ("u32", "")]
+            shapes = shapes[len(shapes) // 2 :]
         count, total = found.get(match["kind"], (0, 0))
-        found[match["kind"]] = (count + 1, total + size)
+        found[match["kind"]] = (count + 1, total + sum(_bytes(*shape) for shape in shapes))
     return found
 
 
-def _read_bytes(config: EngineConfig, weight_bytes: int, bucket: Bucket, context: int) -> float:
-    """What one device must read: its weights but the embedding table, and its part of keys and values."""
-    from jax.numpy import dtype
-
-    model = config.model
-    size = model.tensor_parallel_size
-    table = 0
-    if not model.tie_word_embeddings:
-        shared = size if model.vocab_size % size == 0 else 1
-        table = model.vocab_size * model.hidden_size * dtype(config.weight_dtype).itemsize // shared
-    heads = model.heads.num_kv_heads // size
-    keys = 2 * tokens_seen(config, context) * heads * model.head_dim * dtype(config.kv_cache_dtype).itemsize
-    return weight_bytes - table + bucket.num_seqs * keys
+def _bytes(dtype: str, sizes: str) -> int:
+    bits = BITS.search(dtype)  # none in "pred"
+    return math.prod(int(n) for n in BITS.findall(sizes)) * max(int(bits[0]) if bits else 8, 8) // 8
 
 
 def _flops(config: EngineConfig, bucket: Bucket, context: int) -> float:

@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxengine.sharding.mesh import MODEL, model_axis_size
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -63,6 +66,21 @@ def _four_bits_at_a_time(keys: jax.Array, weights: jax.Array, target: jax.Array)
 
 
 def _sums(rows: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """Sums over the last axis, in one pass over what the operands have in common."""
-    zeros = [jnp.zeros((), x.dtype) for x in rows]
-    return lax.reduce(rows, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], dimensions=(1,))
+    """Sums over the last axis of [S, V], in one pass over what the operands have in common.
+
+    Devices that share the columns exchange all their sums at once.
+    """
+
+    def of_one_device(*parts):
+        zeros = [jnp.zeros((), x.dtype) for x in parts]
+        return lax.reduce(list(parts), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], dimensions=(1,))
+
+    size = model_axis_size()
+    if size == 1 or rows[0].shape[1] % size:
+        return of_one_device(*rows)
+    specs = (PartitionSpec(None, MODEL),) * len(rows)
+
+    def of_all(*parts):
+        return lax.psum(tuple(of_one_device(*parts)), MODEL)
+
+    return jax.shard_map(of_all, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*rows)

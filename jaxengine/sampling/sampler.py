@@ -20,6 +20,7 @@ from jax import lax
 from jaxengine.sampling.filters import filter_logits
 from jaxengine.sampling.logprobs import Logprobs, empty_logprobs, gather_logprobs
 from jaxengine.sampling.state import IN_PROMPT, IS_BANNED, IS_STOP, SamplingState
+from jaxengine.sharding.mesh import columns_in_place
 
 # Bits of SamplingRows.features: what a row asks for beyond argmax.
 RANDOM = 1
@@ -131,9 +132,9 @@ def sample(
 
     def when(feature: int, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         def apply(x):
-            return jnp.where((rows.features & feature != 0)[:, None], change(x), x)
+            return columns_in_place(jnp.where((rows.features & feature != 0)[:, None], change(x), x))
 
-        return lax.cond(wanted & feature != 0, apply, lambda x: x, x)
+        return columns_in_place(lax.cond(wanted & feature != 0, apply, columns_in_place, x))
 
     raw = logits
     logits = when(TOKEN_RULES, lambda x: _token_rules(x, rows, state), logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -92,16 +92,17 @@ class Attention(nnx.Module):
             `[T, D]` and the cache with the new keys and values.
         """
         qkv = self.qkv_proj(x)  # [T, (N + 2K) H]
-        is_split = self.heads.size > 1
-        if rope is not None and self.qk_norm != "projection" and not is_split and has_kernel(qkv, rope[0], cache, meta):
+        if rope is not None and self.qk_norm != "projection" and has_kernel(qkv, rope[0], cache, meta):
             k = v = None
-            q, cache = rope_and_write(qkv, *rope, cache, meta, **self._head_norm())
+            q, cache = self._rotate(qkv, rope, cache, meta)
         else:
             q, k, v = self._heads(qkv, rope)
         attend = functools.partial(
             ragged_paged_attention, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
         )
-        out, cache = (over_heads(attend) if is_split else attend)(q, k, v, cache, meta)  # [T, N, H]
+        if self.heads.size > 1:
+            attend = over_heads(attend, (True, True, True, True, False))
+        out, cache = attend(q, k, v, cache, meta)  # [T, N, H]
         return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), in_parts=in_parts), cache
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -119,17 +120,26 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def _head_norm(self) -> dict[str, Any]:
-        """The norm over heads of queries and keys, as `rope_and_write` wants it."""
-        if self.qk_norm is None:
-            return {}
-        weights = self.q_norm.weight[...], self.k_norm.weight[...]
-        return {"norm_weights": weights, "norm_offset": self.q_norm.offset, "norm_eps": self.q_norm.eps}
+    def _rotate(self, qkv: jax.Array, rope: RopeTable, cache: Any, meta: AttentionMetadata) -> tuple[jax.Array, Any]:
+        """Queries `[T, N, H]`, normed and rotated, and the cache with the keys and values, in one kernel."""
+        weights, options = None, {}
+        if self.qk_norm is not None:
+            weights = self.q_norm.weight[...], self.k_norm.weight[...]
+            options = {"norm_offset": self.q_norm.offset, "norm_eps": self.q_norm.eps}
+        rotate = functools.partial(rope_and_write, **options)
+        if self.heads.size > 1:
+            rotate = over_heads(rotate, (True, False, False, True, False, False))
+        return rotate(qkv, *rope, cache, meta, weights)
 
 
-def over_heads(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs attention on every device's heads by themselves: `attend(q, k, v, cache, meta)` under the mesh at hand."""
-    heads, everything = PartitionSpec(None, MODEL), PartitionSpec()  # of [T, heads, H] and of pages [P, K, page, H]
-    return jax.shard_map(
-        attend, in_specs=(heads, heads, heads, heads, everything), out_specs=(heads, heads), check_vma=False
-    )
+def over_heads(function: Callable[..., Any], has_heads: Sequence[bool]) -> Callable[..., Any]:
+    """Runs a function on every device's heads by themselves, under the mesh at hand.
+
+    Args:
+        function: Its results have heads.
+        has_heads: Of each argument: whether its second axis is that of heads, as of `[T, heads, H]`, of pages
+            `[P, K, page, H]` and of a fused product's columns; else all devices have the same.
+    """
+    heads, everything = PartitionSpec(None, MODEL), PartitionSpec()
+    specs = tuple(heads if has else everything for has in has_heads)
+    return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,6 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
-    if x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu":
-        # XLA reads the weights of a matrix-vector product at 1 GB/s there, those of two rows at 20 (AMX, 2026-11-23).
-        twice = jnp.concatenate([x.reshape(1, -1)] * 2)
-        product = lax.optimization_barrier(_dot(twice, weight, out_dtype))  # or XLA would take the second row out again
-        return product[0].reshape(*x.shape[:-1], -1)
     weight = weight.astype(x.dtype)
 
     def multiply(x, weight, sums_dtype):
@@ -60,10 +55,21 @@ def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
             preferred_element_type=sums_dtype,
         ).astype(out_dtype)
 
-    in_float32 = functools.partial(multiply, sums_dtype=jnp.float32)
-    if x.size < MANY_ROWS * x.shape[-1]:
+    # By the platform that is compiled for, which need not be this process's.
+    on_cpu = in_float32 = functools.partial(multiply, sums_dtype=jnp.float32)
+    if x.dtype == jnp.bfloat16 and x.size == x.shape[-1]:
+        on_cpu = functools.partial(_as_two_rows, in_float32)
+    elsewhere = in_float32 if x.size < MANY_ROWS * x.shape[-1] else functools.partial(multiply, sums_dtype=out_dtype)
+    if on_cpu is elsewhere:
         return in_float32(x, weight)
-    return lax.platform_dependent(x, weight, cpu=in_float32, default=functools.partial(multiply, sums_dtype=out_dtype))
+    return lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
+
+
+def _as_two_rows(multiply: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product of one row in bfloat16: XLA reads its weights at 1 GB/s on CPUs, of two at 20 (AMX, 2026-11-23)."""
+    product = multiply(jnp.concatenate([x.reshape(1, -1)] * 2), weight)
+    product = lax.optimization_barrier(product)  # or XLA would take the second row out again
+    return product[0].reshape(*x.shape[:-1], -1)
 
 
 def _dot_by_blocks(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:

@@ -30,8 +30,8 @@ def rope_and_write(
     sin: jax.Array,
     cache: KVCache,
     meta: AttentionMetadata,
-    *,
     norm_weights: tuple[jax.Array, jax.Array] | None = None,
+    *,
     norm_offset: float = 0.0,
     norm_eps: float = 0.0,
 ) -> tuple[jax.Array, KVCache]:

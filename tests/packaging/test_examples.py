@@ -40,10 +40,13 @@ def small_engines(monkeypatch, smollm2, tiny):
 
 
 IN_PROCESSES = "data_parallel.py"
+WITH_RAY = "ray_batch.py"  # tests/engine/test_ray.py
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for p in EXAMPLES.glob("*.py") if p.name != IN_PROCESSES), ids=lambda path: path.name
+    "path",
+    sorted(p for p in EXAMPLES.glob("*.py") if p.name not in (IN_PROCESSES, WITH_RAY)),
+    ids=lambda path: path.name,
 )
 def test_script_runs(path, small_engines, capsys):
     runpy.run_path(str(path), run_name="__main__")

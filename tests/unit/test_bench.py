@@ -1,5 +1,6 @@
 """What is measured is what was meant to be measured."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -228,6 +229,24 @@ def test_rows_of_the_gpu_preset():
         assert (by_name[name].vllm, by_name[name].goal) == (vllm, goal)
 
 
+def test_two_gpus_that_share_a_model():
+    from jaxengine.bench.floor import kv_bytes, weight_bytes
+
+    rows = gpu_preset(tensor_parallel_size=2)
+    assert [(row.kind, row.batch_size, row.goal) for row in rows] == [
+        ("decode", 1, 3.7),
+        ("decode", 16, 4.3),
+        ("decode", 64, 6.0),
+        ("decode", 256, 11.3),
+        ("prefill", 64, 74000),
+    ]
+    one, two = config_of("llama-3.1-8b"), config_of("llama-3.1-8b")
+    two.model = dataclasses.replace(two.model, tensor_parallel_size=2)
+    norms = 2 * 4096 * (2 * 32 + 1)  # which both have
+    assert weight_bytes(two) - norms == (weight_bytes(one) - norms) / 2
+    assert kv_bytes(two, 100) == kv_bytes(one, 100) / 2
+
+
 @pytest.fixture
 def tiny_config(tiny, tmp_path) -> Path:
     path = tmp_path / "tiny-model.json"
@@ -273,7 +292,7 @@ def test_gpu_preset_on_a_small_scale(tiny_config, tmp_path, capsys, monkeypatch)
         GpuRow("prefill", model, 2, 100, 43868, 44000),
         GpuRow("first token", model, 1, 100, 39.4, 30),
     ]
-    monkeypatch.setattr(bench_gpu, "gpu_preset", lambda: rows)
+    monkeypatch.setattr(bench_gpu, "gpu_preset", lambda size: rows)
     monkeypatch.setenv("COLUMNS", "200")
     file, traces = tmp_path / "report.json", tmp_path / "traces"
     argv = [*GPU_ARGS, "--max-model-len", "2100", "--json", str(file), "--bandwidth", "100"]
@@ -324,7 +343,7 @@ def test_a_row_that_breaks_the_engine_gets_the_next_one_a_fresh_engine(tiny_conf
         broken()
 
     rows = [GpuRow("decode", str(tiny_config), 1, 10, 1, 1), GpuRow("first token", str(tiny_config), 1, 10, 1, 1)]
-    monkeypatch.setattr(bench_gpu, "gpu_preset", lambda: rows)
+    monkeypatch.setattr(bench_gpu, "gpu_preset", lambda size: rows)
     monkeypatch.setattr(module, "measure_decode", broken_measure)
     assert main([*GPU_ARGS, "--max-model-len", "128", "--json", "-", "--quiet"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -340,6 +359,11 @@ def test_a_row_that_breaks_the_engine_gets_the_next_one_a_fresh_engine(tiny_conf
             "throughput --preset gpu --models qwen3-0.6b,gpt-5",
             "'gpt-5' is none of llama-3.1-8b, qwen3-0.6b, llama-3.2-1b",
         ),
+        (
+            "throughput --preset gpu --tensor-parallel-size 3",
+            "tensor_parallel_size=3: preset 'gpu' has figures for 1 and 2",
+        ),
+        ("throughput --preset gpu --data-parallel-size 2", "data_parallel_size=2: preset 'gpu' compares one copy"),
         ("throughput --preset gpu --only B=7", "only='B=7': no row's name contains it"),
         ("throughput --preset gpu --model x", "model='x': preset 'gpu' has its own models"),
         ("throughput --preset gpu --repeat 2", "repeat=2: must be 1"),
@@ -373,7 +397,7 @@ def test_models_and_rows_are_chosen():
     args = parse_args(
         ["bench", "throughput", "--preset", "gpu", "--models", "llama-3.2-1b, qwen3-0.6b", "--only", "b=1 "]
     )
-    names = [row.name for row in bench_gpu.chosen_rows(args)]
+    names = [row.name for row in bench_gpu.chosen_rows(args, {})]
     assert names == [
         "qwen3-0.6b decode B=1 ctx=128",
         "qwen3-0.6b first token B=1 ctx=1024",

@@ -38,6 +38,7 @@ ALLOWED = {
     "plan": {"bench", *ENGINE},
     "server": ENGINE,
     "cli": {"llm", "bench", "plan", "server", *ENGINE},
+    "ray": {"engine_args", "llm"},
     "__main__": {"cli"},
 }
 # The record that the parts of the engine pass around: importing it is importing no layer.
