@@ -317,7 +317,12 @@ class LoadGenerator:
             record.ended = self._now()
             choice = event["choices"][0]
             delta = choice.get("delta", {})
-            if choice.get("text") or any(delta.get(name) for name in ("content", "reasoning_content", "reasoning")):
+            # A server without a tokenizer has token ids to tell, and no text.
+            if (
+                choice.get("text")
+                or choice.get("token_ids")
+                or any(delta.get(name) for name in ("content", "reasoning_content", "reasoning"))
+            ):
                 record.token_times.append(record.ended)
                 record.num_output_tokens += 1
         if usage := event.get("usage"):

@@ -252,6 +252,7 @@ class GenerationBody(SamplingBody):
     n: Int32 = 1
     max_tokens: Int32 | None = None
     prompt_logprobs: Int32 | None = None
+    return_token_ids: bool = False
 
     @property
     def include_usage(self) -> bool:
