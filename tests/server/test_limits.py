@@ -8,6 +8,7 @@ import httpx
 import pytest
 from openai import BadRequestError, RateLimitError
 
+from jaxengine.cli.main import main
 from jaxengine.server.state import ServerSettings
 from tests.server.conftest import BEARER, KEY, MAX_BODY_SIZE, ORIGIN, ROOM
 
@@ -227,3 +228,16 @@ def test_scripts_of_other_pages_may_call_only_where_they_are_asked_for(server, o
 def test_wrong_origins(origin):
     with pytest.raises(ValueError, match=r"allowed_origins: .* expected '\*', or scheme and host"):
         ServerSettings(("m",), allowed_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "port=65536: must be from 0 (a free one) to 65535"),
+        (["--port", "-1"], "port=-1"),
+        (["--host", "nowhere.invalid"], "host='nowhere.invalid': "),
+    ],
+)
+def test_wrong_addresses(arguments, message, capsys):
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
