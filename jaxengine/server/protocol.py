@@ -301,7 +301,7 @@ class CompletionBody(GenerationBody):
         for value in self.prompt if several else [self.prompt]:
             if isinstance(value, str):
                 prompts.append(Prompt(value, None, self.cache_salt, self.add_special_tokens))
-            elif isinstance(value, list) and all(type(token) is int for token in value):
+            elif isinstance(value, list) and set(map(type, value)) <= {int}:  # prompts are long
                 prompts.append(Prompt(None, value, self.cache_salt))
             else:
                 prompts = []
