@@ -29,6 +29,8 @@ from jaxengine.engine_args import EngineArgs
 from jaxengine.metrics import Metric
 
 POLL_MS = 100
+FEW_REQUESTS = 8
+"""Below so many requests the front is faster than any core, and readers get each step's tokens by themselves."""
 MAX_MERGED = 64
 """Messages of the core that are taken at once, beside the one that was waited for."""
 SHUTDOWN_SECONDS = 10.0
@@ -107,8 +109,8 @@ class CoreClient:
     ) -> EngineDeadError:
         """Hands on what the core sends, until it ends; returns why it has.
 
-        Steps that have come while the front was busy are handed on together: a front slower than the core gives its
-        readers several tokens at once, and does not fall behind.
+        With many requests, steps that have come while the front was busy are handed on together: a front slower than
+        the core gives its readers several tokens at once, and does not fall behind.
 
         Args:
             take: Called with what one step or several gave.
@@ -128,11 +130,14 @@ class CoreClient:
             updates: list[SampledUpdate] = []
             for message in map(wire.decode_to_front, (frame.result(), *self._waiting_frames())):
                 if isinstance(message, wire.Step):
+                    is_busy = len(self._requests) >= FEW_REQUESTS
                     self.metrics = message.metrics
                     updates += self._updates(message)
-                    continue
+                    if is_busy:
+                        continue
                 take(updates)
                 updates = []
+                await asyncio.sleep(0)  # readers see what came of this message before the next is taken
                 if isinstance(message, wire.Refused):
                     request = self._forget(message.key)
                     if request is not None:
