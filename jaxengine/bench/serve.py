@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -263,9 +264,7 @@ class LoadGenerator:
         """
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
         timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=self._headers, read_bufsize=MAX_LINE
-        ) as session:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers) as session:
             self._start = time.perf_counter()
             async with asyncio.TaskGroup() as tasks:
                 sending = []
@@ -300,18 +299,16 @@ class LoadGenerator:
 
     async def _read(self, answer: aiohttp.ClientResponse, record: Record) -> None:
         record.error = "the stream ended early"
-        async for line in answer.content:
-            if not line.startswith(b"data:"):
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                record.error = None
-                break
-            event = json.loads(data)
-            if "error" in event:
-                record.error = failure(answer.status, data)
-                return
-            self._take(event, record)
+        async with contextlib.aclosing(_events(answer.content)) as events:
+            async for data in events:
+                if data == b"[DONE]":
+                    record.error = None
+                    break
+                event = json.loads(data)
+                if "error" in event:
+                    record.error = failure(answer.status, data)
+                    return
+                self._take(event, record)
         if record.error is None and not record.ended:
             record.error = "the stream has no choices"
 
@@ -320,12 +317,35 @@ class LoadGenerator:
             record.ended = self._now()
             choice = event["choices"][0]
             delta = choice.get("delta", {})
-            if choice.get("text") or any(delta.get(name) for name in ("content", "reasoning_content", "reasoning")):
+            # A server without a tokenizer has token ids to tell, and no text.
+            if (
+                choice.get("text")
+                or choice.get("token_ids")
+                or any(delta.get(name) for name in ("content", "reasoning_content", "reasoning"))
+            ):
                 record.token_times.append(record.ended)
                 record.num_output_tokens += 1
         if usage := event.get("usage"):
             record.num_input_tokens = usage["prompt_tokens"]
             record.num_output_tokens = usage["completion_tokens"]
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
+    """The data of a stream's events.
+
+    Lines are found here, in whatever has come: a reader that is behind does not wait for each of them.
+
+    Raises:
+        ValueError: A line is too long.
+    """
+    rest = b""
+    async for block in content.iter_any():
+        *lines, rest = (rest + block).split(b"\n")
+        if len(rest) > MAX_LINE:
+            raise ValueError(f"a line of the stream has more than {MAX_LINE} bytes")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
 
 
 def summarize(

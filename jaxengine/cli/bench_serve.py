@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--base-url URL] [--model NAME] [--request-rate R] [--max-concurrency C] [other flags]"
     parser.description = (
         "Sends a workload to a server that speaks OpenAI's API, as streams, and measures what their readers see. "
-        "Latencies are counted from when a request is sent. The server needs no weights: start it with --load-format "
-        "dummy. Exit code 1 if a request has failed or the server has compiled meanwhile."
+        "Latencies are counted from when a request is sent. The server needs no weights: jaxengine serve qwen3-0.6b "
+        "--load-format dummy --skip-tokenizer-init. Exit code 1 if a request has failed or the server has compiled "
+        "meanwhile."
     )
     group = parser.add_argument_group("server")
     group.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")

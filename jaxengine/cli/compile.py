@@ -73,8 +73,7 @@ def _make_plan(args: argparse.Namespace, devices, chip, status: Status) -> Plan:
 
     given = {"max_model_len": DEFAULT_MAX_MODEL_LEN, "max_num_seqs": 64, **engine_kwargs(args)}
     given |= {"num_gpu_blocks_override": PLACEHOLDER_PAGES, "warmup": "none", "load_format": "dummy"}
-    given["model"] = str(model_configs().get(str(given.get("model")), given.get("model") or ""))
-    if not given["model"]:
+    if not given.get("model"):
         raise ValueError(f"model: name a model; shapes that come along: {', '.join(model_configs())}")
     engine_args = EngineArgs(**given)
     checkpoint = resolve_model(engine_args.model, revision=engine_args.revision, load_format="dummy")

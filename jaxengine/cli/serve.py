@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
     text = "clients must bring this key, or one of them: can be repeated (default: the server is open)"
     group.add_argument("--api-key", action="append", default=[], metavar="KEY", help=text)
+    text = "scripts of web pages from there may call the server, as https://example.com, or * for all: can be repeated "
+    text += "(default: only those of its own page)"
+    group.add_argument("--allowed-origins", action="append", default=[], metavar="ORIGIN", help=text)
     text = "a name of the model in requests: can be repeated (default: MODEL as given)"
     group.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=text)
     text = "completions that may wait for a place; beyond, requests are answered 429 (default: %(default)s)"
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     settings = ServerSettings(
         served_model_names=tuple(args.served_model_name) or (given.get("model") or DEFAULT_MODEL,),
         api_keys=tuple(args.api_key),
+        allowed_origins=tuple(args.allowed_origins),
         max_queue=args.max_queue,
         request_timeout=args.request_timeout,
         max_body_size=args.max_body_size,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ from jaxengine.engine_args import EngineArgs
 from jaxengine.metrics import Metric
 
 POLL_MS = 100
+FEW_REQUESTS = 8
+"""Below so many requests the front is faster than any core, and readers get each step's tokens by themselves."""
+MAX_MERGED = 64
+"""Messages of the core that are taken at once, beside the one that was waited for."""
 SHUTDOWN_SECONDS = 10.0
 """What a core gets to end by itself."""
 
@@ -105,8 +109,11 @@ class CoreClient:
     ) -> EngineDeadError:
         """Hands on what the core sends, until it ends; returns why it has.
 
+        With many requests, steps that have come while the front was busy are handed on together: a front slower than
+        the core gives its readers several tokens at once, and does not fall behind.
+
         Args:
-            take: Called with what a step gave.
+            take: Called with what one step or several gave.
             refuse: Called with a request that cannot run, and the reason.
         """
         loop = asyncio.get_running_loop()
@@ -120,16 +127,30 @@ class CoreClient:
             if not frame.done() and not (await asyncio.wait((frame,), timeout=POLL_MS / 1000))[0]:
                 frame.cancel()
                 return self._dead_error()
-            message = wire.decode_to_front(frame.result())
-            if isinstance(message, wire.Step):
-                self.metrics = message.metrics
-                take(self._updates(message))
-            elif isinstance(message, wire.Refused):
-                request = self._forget(message.key)
-                if request is not None:
-                    refuse(request, message.message)
-            elif isinstance(message, wire.Failed):
-                return EngineDeadError(f"the engine core has failed: {message.message}")
+            updates: list[SampledUpdate] = []
+            for message in map(wire.decode_to_front, (frame.result(), *self._waiting_frames())):
+                if isinstance(message, wire.Step):
+                    is_busy = len(self._requests) >= FEW_REQUESTS
+                    self.metrics = message.metrics
+                    updates += self._updates(message)
+                    if is_busy:
+                        continue
+                take(updates)
+                updates = []
+                await asyncio.sleep(0)  # readers see what came of this message before the next is taken
+                if isinstance(message, wire.Refused):
+                    request = self._forget(message.key)
+                    if request is not None:
+                        refuse(request, message.message)
+                elif isinstance(message, wire.Failed):
+                    return EngineDeadError(f"the engine core has failed: {message.message}")
+            take(updates)
+
+    def _waiting_frames(self) -> Iterator[bytes]:
+        """The messages that have come already, up to a number that does not hold up the event loop for long."""
+        with contextlib.suppress(zmq.Again):
+            for _ in range(MAX_MERGED):
+                yield self._inbox.recv(zmq.NOBLOCK)
 
     def close(self) -> None:
         """Ends the process, by force if it takes too long. Can be called again."""

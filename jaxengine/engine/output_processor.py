@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -322,7 +321,7 @@ class OutputProcessor:
             prompt_logprobs=prompt_logprobs,
             outputs=outputs,
             finished=finished,
-            metrics=copy.copy(parent.metrics),
+            metrics=RequestMetrics(**vars(parent.metrics)),
             num_cached_tokens=parent.completions[0].request.num_cached_tokens,
         )
 

@@ -23,7 +23,8 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
             convert` made, a `.gguf` file, a hub id (`owner/name`), or one file of a hub repository
             (`owner/name:file.gguf`).
         revision: Branch, tag or commit of a hub model.
-        load_format: With "dummy" weights a configuration is enough: a folder with a `config.json`, or a `.json` file.
+        load_format: With "dummy" weights a configuration is enough: a folder with a `config.json`, a `.json` file, or
+            the name of a shape that comes along (`model_configs()`).
 
     Raises:
         ValueError: There is no such model, or it is damaged or not supported.
@@ -31,10 +32,14 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
     if model is None or str(model).lower() == DEFAULT_MODEL:
         return _open_gguf(_embedded_file())
     path = Path(model).expanduser()
-    if load_format == "dummy" and ((path / "config.json").is_file() or (path.is_file() and path.suffix == ".json")):
-        from jaxengine.loading.config_checkpoint import ConfigCheckpoint
+    if load_format == "dummy":
+        from jaxengine.bench.workloads import model_configs
 
-        return ConfigCheckpoint(path)
+        shape = model_configs().get(str(model), path)
+        if (shape / "config.json").is_file() or (shape.is_file() and shape.suffix == ".json"):
+            from jaxengine.loading.config_checkpoint import ConfigCheckpoint
+
+            return ConfigCheckpoint(shape)
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():

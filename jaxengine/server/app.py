@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from jaxengine import __version__
@@ -33,6 +34,14 @@ def make_app(llm: AsyncLLM, settings: ServerSettings, tracer: RequestTracer | No
     if settings.api_keys:
         app.add_middleware(RequireKey, api_keys=settings.api_keys)
     app.add_middleware(NameRequests)
+    if settings.allowed_origins:  # outermost: a browser asks first without a key, and reads errors only if it may
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     for part in (completions, chat, responses, tokens, page):
         app.include_router(part.router)
     _add_models(app, server)

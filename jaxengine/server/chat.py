@@ -76,13 +76,18 @@ class _Call:
         body = self._head | {"choices": choices, "usage": self._usage.json()}
         if self._body.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs_json(output)
+        if self._body.return_token_ids:
+            body["prompt_token_ids"] = output.prompt_token_ids
         return body
 
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[dict[str, Any]]:
         """The events of a stream: for each choice its role, then its reasoning, content and calls."""
         extra = {"usage": None} if self._body.include_usage else {}
         parsers: dict[int, AnswerParser] = {}
+        prompt: dict[str, Any] = {}
         async for output in outputs:
+            if not parsers and self._body.return_token_ids:
+                prompt = {"prompt_token_ids": output.prompt_token_ids}
             self._usage.add(output)
             for completion in output.outputs:
                 deltas: list[dict[str, Any]] = []
@@ -92,12 +97,13 @@ class _Call:
                 parser = parsers[completion.index]
                 deltas += _deltas(parser, completion)
                 rest = self._rest(completion, parser)
-                if not deltas and (rest["logprobs"] or rest["finish_reason"]):
+                if not deltas and (rest["logprobs"] or rest["finish_reason"] or rest.get("token_ids")):
                     deltas.append({})
                 for i, delta in enumerate(deltas):
                     end = rest if i == len(deltas) - 1 else dict.fromkeys(rest)
                     choice = {"index": completion.index, "delta": delta} | end
-                    yield self._head | {"choices": [choice]} | extra
+                    yield self._head | {"choices": [choice]} | extra | prompt
+                    prompt = {}
         if self._body.include_usage:
             yield self._head | {"choices": [], "usage": self._usage.json()}
 
@@ -107,11 +113,12 @@ class _Call:
             content = self._logprobs(completion.token_ids, completion.logprobs or [])
             logprobs = {"content": content, "refusal": None}
         called = parser.num_calls and completion.finish_reason == "stop"
-        return {
+        rest = {
             "logprobs": logprobs,
             "finish_reason": "tool_calls" if called else completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
+        return rest | ({"token_ids": completion.token_ids} if self._body.return_token_ids else {})
 
     def _logprobs(self, token_ids: Sequence[int], positions: Sequence[TokenLogprobDict]) -> list[dict[str, Any]]:
         num_top = self._body.top_logprobs or 0

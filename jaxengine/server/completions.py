@@ -52,6 +52,7 @@ class _Call:
     def __init__(self, call_id: str, server: ServerState, body: CompletionBody, model: str):
         self._tokenizer = server.llm.tokenizer
         self._body = body
+        self._tells_ids = body.return_token_ids or self._tokenizer is None  # else there would be nothing to tell
         self._head = {"id": call_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._usage = Usage()
         self._offsets: dict[int, int] = {}  # characters that a choice has told
@@ -71,7 +72,7 @@ class _Call:
         extra = {"usage": None} if self._body.include_usage else {}
         async for output in outputs:
             for choice in self._choices(places[output.request_id], output):
-                if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
+                if choice["text"] or choice["logprobs"] or choice["finish_reason"] or choice.get("token_ids"):
                     yield self._head | {"choices": [choice]} | extra
         if self._body.include_usage:
             yield self._head | {"choices": [], "usage": self._usage_json()}
@@ -82,7 +83,7 @@ class _Call:
 
     def _choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """What an output adds to a choice; its prompt comes first if it is to be repeated."""
-        texts, token_ids, logprobs = [], [], []
+        texts, token_ids, logprobs = [], [], []  # of the prompt too, if that is repeated
         is_first = index not in self._offsets
         if self._body.echo and is_first:
             prompt_ids = output.prompt_token_ids or []
@@ -104,6 +105,10 @@ class _Call:
         choice["stop_reason"] = completion.stop_reason
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_json(output)
+        if self._tells_ids:
+            choice["token_ids"] = [] if self._body.prompt_only else completion.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
         return choice
 
     def _prompt_text(self, output: RequestOutput) -> str:

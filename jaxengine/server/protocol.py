@@ -252,6 +252,7 @@ class GenerationBody(SamplingBody):
     n: Int32 = 1
     max_tokens: Int32 | None = None
     prompt_logprobs: Int32 | None = None
+    return_token_ids: bool = False
 
     @property
     def include_usage(self) -> bool:
@@ -300,7 +301,7 @@ class CompletionBody(GenerationBody):
         for value in self.prompt if several else [self.prompt]:
             if isinstance(value, str):
                 prompts.append(Prompt(value, None, self.cache_salt, self.add_special_tokens))
-            elif isinstance(value, list) and all(type(token) is int for token in value):
+            elif isinstance(value, list) and set(map(type, value)) <= {int}:  # prompts are long
                 prompts.append(Prompt(None, value, self.cache_salt))
             else:
                 prompts = []

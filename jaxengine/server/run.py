@@ -29,8 +29,15 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises:
         OSError: It is not, or there is no such address.
+        ValueError: There is no such port.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    if not 0 <= port < 2**16:  # else another one would be taken without a word
+        raise ValueError(f"port={port}: must be from 0 (a free one) to {2**16 - 1}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(f"host={host!r}: {error.strerror}") from error
+    family, _, _, _, address = found[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class ServerSettings:
     Attributes:
         served_model_names: Names that requests may give; the first is told in answers.
         api_keys: Any of these opens the server; none: it is open.
+        allowed_origins: Origins of web pages whose scripts may call the server, as "https://example.com"; "*": all.
         max_queue: Completions that may wait for a place among those that run.
         request_timeout: Seconds a request may take; None: as long as it takes.
         max_body_size: Bytes of a request's body at most.
@@ -47,6 +49,7 @@ class ServerSettings:
 
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     max_queue: int = 1024
     request_timeout: float | None = None
     max_body_size: int = 16 * 2**20
@@ -63,6 +66,10 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not all(self.api_keys):
             raise ValueError("api_key='': a key must not be empty")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                accepted = "'*', or scheme and host as browsers tell them: https://example.com"
+                raise ValueError(f"allowed_origins: {origin!r}: expected {accepted}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue={self.max_queue}: must be at least 0")
         if self.request_timeout is not None and not self.request_timeout > 0:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxengine import LLM, AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams
-from jaxengine.engine.core_client import EngineDeadError
+from jaxengine.engine.core_client import FEW_REQUESTS, EngineDeadError
 
 # Fewer pages than the longest request would take, so that the core has something to refuse.
 ENGINE: dict[str, Any] = {
@@ -107,6 +107,33 @@ def test_a_slow_reader_gets_merged_outputs(llm, runner):
     outputs = runner.run(slow())
     assert 1 <= len(outputs) <= 2
     assert sum(len(output.outputs[0].token_ids) for output in outputs) == 30
+
+
+@pytest.mark.parametrize("num_readers", [FEW_REQUESTS - 1, FEW_REQUESTS])
+def test_a_busy_front_takes_several_steps_at_once_if_it_has_many_readers(llm, runner, num_readers):
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=1)
+    delta = params.clone()
+    delta.output_kind = RequestOutputKind.DELTA
+
+    async def read(index: int) -> list[RequestOutput]:
+        outputs = []
+        async for output in llm.generate("abc", delta, str(index)):
+            outputs.append(output)
+            if index == len(outputs) - 1 == 0:
+                time.sleep(1)  # nothing of the event loop runs meanwhile, and the core goes on
+        return outputs
+
+    async def read_all() -> list[list[RequestOutput]]:
+        return await asyncio.gather(*map(read, range(num_readers)))
+
+    (whole,) = runner.run(collect(llm, "abc", params))[-1].outputs
+    for outputs in runner.run(read_all()):
+        deltas = [output.outputs[0] for output in outputs]
+        assert len(deltas) == 30 if num_readers < FEW_REQUESTS else len(deltas) < 20
+        assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+        assert "".join(delta.text for delta in deltas) == whole.text
+        assert sum(len(delta.logprobs or []) for delta in deltas) == 30
+        assert deltas[-1].finish_reason == "length"
 
 
 @pytest.mark.parametrize("how", ["cancel", "leave"])

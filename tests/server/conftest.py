@@ -20,6 +20,7 @@ from openai import OpenAI
 from tests.server.scripted import TEMPLATE, write_scripted_model
 
 KEY = "secret"
+ORIGIN = "https://chat.example"
 MAX_NUM_SEQS, MAX_QUEUE = 8, 40
 ROOM = MAX_NUM_SEQS + MAX_QUEUE
 MAX_BODY_SIZE = 20_000
@@ -157,6 +158,7 @@ def servers(tiny, collector) -> Iterator[tuple[Server, Server]]:
         tiny,
         *("--api-key", "another", "--api-key", KEY, "--served-model-name", "tiny", "--served-model-name", "alias"),
         *limits,
+        *("--allowed-origins", ORIGIN),
         *("--enable-log-requests", "--otlp-traces-endpoint", collector.url),
     )
     assert first.url  # what it compiles the second one finds in the cache

@@ -11,7 +11,7 @@ import pytest
 
 from jaxengine.bench.serve import LoadGenerator, Record, ServerApi, arrival_times, request_body, summarize
 from jaxengine.cli.main import main
-from tests.server.conftest import KEY
+from tests.server.conftest import KEY, Server
 
 SMALL = ["--num-prompts", "6", "--input-len", "12", "--output-len", "16", "--vocab", "200", "--temperature", "20"]
 
@@ -39,6 +39,24 @@ def test_a_run_measures_and_reports(server, tmp_path, capsys, endpoint):
     shown = capsys.readouterr().out
     assert "time to first token" in shown
     assert "6" in shown
+
+
+def test_a_model_without_weights_and_tokenizer(tiny, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    server = Server(tmp_path, "--load-format", "dummy", "--skip-tokenizer-init", "--served-model-name", "shape")
+    try:
+        command = ["bench", "serve", "--base-url", server.url, *SMALL, "--quiet"]
+        assert main([*command, "--json", "-"]) == 0
+        (result,) = json.loads(capsys.readouterr().out)["results"]
+        assert result["num_output_tokens"] == 6 * 16
+        assert 0 < result["ttft_ms"]["p50"] < result["e2e_ms"]["p50"]  # tokens are told as they come
+        assert result["itl_ms"] is not None
+        assert main([*command, "--endpoint", "chat"]) == 2
+        assert "no tokenizer (skip_tokenizer_init)" in capsys.readouterr().err
+        answer = server.post("/v1/completions", {"prompt": "text"}).json()["error"]
+        assert answer["message"] == "prompt: prompt='text': there is no tokenizer; give prompt_token_ids"
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,27 @@ def test_token_ids_are_a_prompt(client, server):
     assert len(set(texts)) == 1
 
 
+def test_token_ids_of_answers(client, server):
+    asked = {"extra_body": RANDOM["extra_body"] | {"return_token_ids": True}}
+    plain = server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 1}).json()
+    assert "token_ids" not in plain["choices"][0]
+    prompt = server.post("/tokenize", {"prompt": "Hello"}).json()["tokens"]
+    whole = complete(client, **asked).choices[0]
+    assert whole.prompt_token_ids == prompt
+    assert len(whole.token_ids) == 24
+    chunks = [chunk.choices[0] for chunk in complete(client, stream=True, **asked)]
+    assert [token for chunk in chunks for token in chunk.token_ids] == whole.token_ids
+    assert [getattr(chunk, "prompt_token_ids", None) for chunk in chunks] == [prompt] + [None] * (len(chunks) - 1)
+
+    whole = chat(client, **asked)
+    chunks = list(chat(client, stream=True, **asked))
+    assert len(whole.choices[0].token_ids) == 24
+    told = [getattr(chunk.choices[0], "token_ids", None) or [] for chunk in chunks]
+    assert [token for token_ids in told for token in token_ids] == whole.choices[0].token_ids
+    prompts = [getattr(chunk, "prompt_token_ids", None) for chunk in chunks]
+    assert prompts == [whole.prompt_token_ids] + [None] * (len(chunks) - 1)
+
+
 def test_stop_strings_and_tokens(client, server):
     text = complete(client, max_tokens=40).choices[0].text
     stop = next(text[i : i + 2] for i in range(6, 40) if "\ufffd" not in text[i : i + 2])

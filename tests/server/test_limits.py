@@ -8,7 +8,9 @@ import httpx
 import pytest
 from openai import BadRequestError, RateLimitError
 
-from tests.server.conftest import BEARER, KEY, MAX_BODY_SIZE, ROOM
+from jaxengine.cli.main import main
+from jaxengine.server.state import ServerSettings
+from tests.server.conftest import BEARER, KEY, MAX_BODY_SIZE, ORIGIN, ROOM
 
 JSON = {"Content-Type": "application/json"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,3 +205,39 @@ def test_a_request_may_take_so_long(open_server, stream):
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "timeout"
     open_server.wait_until_idle()
+
+
+def test_scripts_of_other_pages_may_call_only_where_they_are_asked_for(server, open_server):
+    path, asked = "/v1/chat/completions", {"Access-Control-Request-Method": "POST"}
+    asked |= {"Access-Control-Request-Headers": "authorization,content-type"}
+    allowed = httpx.options(server.url + path, headers=asked | {"Origin": ORIGIN})
+    assert allowed.status_code == 200  # a browser asks without the key
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+    for key, status in ((BEARER, 200), ({}, 401)):
+        answer = server.get("/v1/models", headers={"Origin": ORIGIN, **key})
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+    for url, origin in ((server.url, "https://other.example"), (open_server.url, ORIGIN)):
+        answer = httpx.get(f"{url}/v1/models", headers=BEARER | {"Origin": origin})
+        assert answer.status_code == 200
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("origin", ["example.com", "https://example.com/", "", "https://a b"])
+def test_wrong_origins(origin):
+    with pytest.raises(ValueError, match=r"allowed_origins: .* expected '\*', or scheme and host"):
+        ServerSettings(("m",), allowed_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "port=65536: must be from 0 (a free one) to 65535"),
+        (["--port", "-1"], "port=-1"),
+        (["--host", "nowhere.invalid"], "host='nowhere.invalid': "),
+    ],
+)
+def test_wrong_addresses(arguments, message, capsys):
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -140,3 +140,10 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
 def test_the_default_models_name():
     assert resolve.DEFAULT_MODEL == "smollm2-135m-instruct"
+
+
+def test_shapes_that_come_along_need_no_weights():
+    checkpoint = resolve_model("qwen3-0.6b", load_format="dummy")
+    assert checkpoint.config["num_hidden_layers"] == 28
+    with pytest.raises(ValueError, match="skip_tokenizer_init=True"):
+        checkpoint.tokenizer()
