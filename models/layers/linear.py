@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.pallas_kernels.all_reduce import Workspace, all_reduce
 from jaxengine.sharding.layout import Runs
+from jaxengine.sharding.mesh import DATA, MODEL
 
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
@@ -110,12 +113,33 @@ class Linear(nnx.Module):
         self.weight = parameter(shape, axes, dtype=dtype, rngs=rngs, columns=columns, **order)
         self.bias = parameter(shape[:1], axes[:1], dtype=dtype, rngs=rngs, init="zeros", **order) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
-        """Applies the layer."""
+    def __call__(self, x: jax.Array, sums: Workspace | None = None) -> jax.Array:  # [..., in] -> [..., out]
+        """Applies the layer.
+
+        Args:
+            x: `[..., in]`.
+            sums: For `[T, in]` whose last axis the devices of the mesh at hand share: where they hand each other their
+                parts of the products. Without, the compiler adds up what is shared.
+        """
+        if sums is not None:
+            out = sum_over_devices(x, self.weight[...], sums)
+            return out if self.bias is None else out + self.bias[...]
         if self.bias is None:
             return matmul(x, self.weight[...])
         # The bias is added before rounding, as a fused kernel would.
         return (matmul(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def sum_over_devices(x: jax.Array, weight: jax.Array, sums: Workspace) -> jax.Array:
+    """`x @ weight.T`, `[T, in]` and `[out, in]` with the last axis of both over the devices of the model."""
+
+    def own(x, weight, sums):
+        return all_reduce(matmul(x, weight), MODEL, workspace=sums)
+
+    columns, kept = PartitionSpec(None, MODEL), PartitionSpec(DATA, MODEL)
+    return jax.shard_map(own, in_specs=(columns, columns, kept), out_specs=PartitionSpec(), check_vma=False)(
+        x, weight, sums
+    )
 
 
 def split_fused(x: jax.Array, parts: Sequence[int], size: int) -> list[jax.Array]:

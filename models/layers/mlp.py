@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.linear import Linear, split_fused
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import fused_runs
 
@@ -51,12 +52,12 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [T, D] -> [T, D]
-        """Applies the layer."""
+    def __call__(self, x: jax.Array, sums: Workspace | None = None) -> jax.Array:  # [T, D] -> [T, D]
+        """Applies the layer; see `Linear` for `sums`."""
         fused = self.gate_up_proj(x)  # [T, 2F]
         gate, up = split_fused(fused, (fused.shape[1] // 2,) * 2, self.size)  # [T, F] each
         hidden = (activate(gate, self.activation) * up.astype(jnp.float32)).astype(x.dtype)
-        return self.down_proj(hidden)
+        return self.down_proj(hidden, sums)
 
 
 class MLP(nnx.Module):
@@ -69,6 +70,6 @@ class MLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [T, D] -> [T, D]
-        """Applies the layer."""
-        return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype))
+    def __call__(self, x: jax.Array, sums: Workspace | None = None) -> jax.Array:  # [T, D] -> [T, D]
+        """Applies the layer; see `Linear` for `sums`."""
+        return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype), sums)

@@ -1,6 +1,7 @@
 """The public op: checks its arguments once and hands them to an implementation."""
 
 import ctypes
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -17,6 +19,43 @@ logger = logging.getLogger(__name__)
 # Modules beside this one, imported on first use.
 IMPLEMENTATIONS = ("reference", "mosaic_gpu")
 MAX_DEVICES = 8  # XLA keeps what it knows of peers for so many devices of a process
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """What the kernel keeps from call to call, so that no call waits for all devices to begin it.
+
+    Attributes:
+      inboxes: where peers put their parts; arrays, or in a step the `jax.Ref`s that the calls change.
+      flags: how far each peer is.
+      implementation: a name in `IMPLEMENTATIONS`, which sums that are given the workspace use.
+    """
+
+    inboxes: Any
+    flags: Any
+    implementation: str = dataclasses.field(default="mosaic_gpu", metadata={"static": True})
+
+
+def make_workspace(num_devices: int, dim: int, dtype: str, sharding: jax.sharding.Sharding) -> Workspace:
+    """Makes the workspace of sums [T, dim] over `num_devices`, for every program that runs on them.
+
+    It must be there on all devices before a step runs on any, and all must run the same calls in the same order.
+
+    Args:
+      num_devices: devices of the axis.
+      dim: D.
+      dtype: of the sums.
+      sharding: splits the second axis over the devices.
+    """
+    from jaxengine.pallas_kernels.all_reduce import mosaic_gpu
+
+    shapes = mosaic_gpu.workspace_shapes(num_devices, min(dim, mosaic_gpu.MAX_WIDTH))
+    inboxes, flags = (
+        jnp.zeros((shape[0], shape[1] * num_devices, *shape[2:]), kind, device=sharding)
+        for shape, kind in zip(shapes, (dtype, jnp.int32), strict=True)
+    )
+    return Workspace(inboxes, flags)
 
 
 def all_reduce(
@@ -28,6 +67,7 @@ def all_reduce(
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
     implementation: str = "reference",
+    workspace: Workspace | None = None,
 ) -> Any:
     """Sums `x` over a mesh axis, inside `shard_map` over all axes of the mesh; all devices get the same bits.
 
@@ -39,7 +79,9 @@ def all_reduce(
       norm_weight: [D], of a root mean square norm of the result.
       norm_eps: added to the mean square.
       norm_offset: added to the weights.
-      implementation: a name in `IMPLEMENTATIONS`; see `choose_implementation`.
+      implementation: a name in `IMPLEMENTATIONS`; see `choose_implementation`. A workspace says its own.
+      workspace: this device's part of one made by `make_workspace`, as `jax.Ref`s; without, the kernel waits for a
+        barrier of all devices first.
 
     Returns:
       The sum, plus `residual`: [T, D]. With `norm_weight` a pair: that, and its norm.
@@ -47,6 +89,7 @@ def all_reduce(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no such implementation.
     """
+    implementation = implementation if workspace is None else workspace.implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if x.ndim != 2:
@@ -59,11 +102,17 @@ def all_reduce(
         implementation = "reference"
     module = importlib.import_module(f"jaxengine.pallas_kernels.all_reduce.{implementation}")
     return module.all_reduce(
-        x, axis_name, residual=residual, norm_weight=norm_weight, norm_eps=norm_eps, norm_offset=norm_offset
+        x,
+        axis_name,
+        residual=residual,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        norm_offset=norm_offset,
+        workspace=workspace,
     )
 
 
-def has_kernel(x: jax.Array, num_devices: int, has_norm: bool = False) -> bool:
+def has_kernel(x: jax.Array | jax.ShapeDtypeStruct, num_devices: int, has_norm: bool = False) -> bool:
     """Whether sums of this size go over peer memory: few tokens, in 16 bits, over more than one device."""
     from jaxengine.pallas_kernels.all_reduce import mosaic_gpu
 

@@ -30,20 +30,21 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def reduce_and_norm(variant: str, part, residual, weight, workspace):
-    """A sum over the devices, residual and norm: (new residual, normed, workspace)."""
+    """A sum over the devices, residual and norm: (new residual, normed)."""
     from jaxengine.pallas_kernels.all_reduce import mosaic_gpu, reference
 
     norm = {"norm_weight": weight, "norm_eps": EPS, "norm_offset": 0.0}
     if variant == "kept":
-        outs, workspace = mosaic_gpu.all_reduce(part, "model", residual=residual, workspace=workspace, **norm)
+        outs = mosaic_gpu.all_reduce(part, "model", residual=residual, workspace=workspace, **norm)
     elif variant == "fused":
         outs = mosaic_gpu.all_reduce(part, "model", residual=residual, **norm)
     else:
         if variant == "kernel":
             bare = {"residual": None, "norm_weight": None, "norm_eps": 0.0, "norm_offset": 0.0}
             part = mosaic_gpu.all_reduce(part, "model", **bare)
-        outs = reference.all_reduce(part, "model" if variant == "psum" else (), residual=residual, **norm)
-    return *outs, workspace
+        axes: Any = "model" if variant == "psum" else ()
+        outs = reference.all_reduce(part, axes, residual=residual, **norm)
+    return outs
 
 
 def inner_jit(variant: str):
@@ -57,8 +58,8 @@ def chain(variant: str, x, weight, _, workspace):
     """64 sums; what each adds is made of the norm before it."""
     residual, normed, reduce = x, x, inner_jit(variant)
     for _ in range(SUMS):
-        residual, normed, workspace = reduce(normed, residual, weight, workspace)
-    return residual, normed, workspace
+        residual, normed = reduce(normed, residual, weight, workspace)
+    return residual, normed
 
 
 def layers(variant: str, x, weight, products, workspace):
@@ -74,26 +75,40 @@ def layers(variant: str, x, weight, products, workspace):
     for i in range(SUMS // 2):
         qkv, o, gate_up, down = products[i % DISTINCT]
         heads = multiply(normed, qkv)[:, : o.shape[1]]
-        residual, normed, workspace = reduce(multiply(heads, o), residual, weight, workspace)
+        residual, normed = reduce(multiply(heads, o), residual, weight, workspace)
         gate, up = jnp.split(multiply(normed, gate_up), 2, axis=1)
-        residual, normed, workspace = reduce(multiply(gate * up, down), residual, weight, workspace)
-    return residual, normed, workspace
+        residual, normed = reduce(multiply(gate * up, down), residual, weight, workspace)
+    return residual, normed
 
 
-def make_workspace(variant: str, mesh):
-    """Of all devices, zeroed and there; nothing where the variant has none."""
+def workspace_of(variant: str, mesh) -> list[Any]:
+    """One of all devices, zeroed and there; nothing where the variant has none."""
     import jax
-    import jax.numpy as jnp
 
-    from jaxengine.pallas_kernels.all_reduce import mosaic_gpu
+    from jaxengine.pallas_kernels.all_reduce import make_workspace
 
     if variant != "kept":
-        return {}
-    shapes = mosaic_gpu.workspace_shapes(mesh.size, DIM, jnp.bfloat16)
-    place = jax.NamedSharding(mesh, jax.P("model"))
-    return jax.block_until_ready(
-        {name: jnp.zeros((mesh.size, *s.shape), s.dtype, device=place) for name, s in shapes.items()}
-    )
+        return []
+    place = jax.NamedSharding(mesh, jax.P(None, "model"))
+    return jax.block_until_ready([make_workspace(mesh.size, DIM, "bfloat16", place)])
+
+
+def make_step(body):
+    """A jitted program of `body(*args, workspace)` on each device's part of the arguments and of the workspace."""
+    import jax
+
+    def step(args, workspace):
+        refs = jax.tree.map(jax.new_ref, workspace)
+
+        def local(args, refs):
+            outs = body(*jax.tree.map(lambda x: x[0], args), *(refs or [None]))
+            return jax.tree.map(lambda out: out[None], outs)
+
+        specs = jax.P("model"), jax.P(None, "model")
+        outs = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(args, refs)
+        return outs, jax.tree.map(jax.freeze, refs)
+
+    return jax.jit(step, donate_argnums=1)
 
 
 def run(variants: tuple[str, ...], kinds: dict[str, list[int]], deadline: float) -> None:
@@ -126,25 +141,18 @@ def run(variants: tuple[str, ...], kinds: dict[str, list[int]], deadline: float)
                 if time.time() > deadline:
                     return
                 body = functools.partial({"chain": chain, "layers": layers}[kind], variant)
-
-                def local(*args, body=body):
-                    outs = body(*jax.tree.map(lambda x: x[0], args))
-                    return jax.tree.map(lambda out: out[None], outs)
-
-                args = x, weight, products if kind == "layers" else []
-                step = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False), donate_argnums=3)
-                workspace = make_workspace(variant, mesh)
+                args, workspace = (x, weight, products if kind == "layers" else []), workspace_of(variant, mesh)
                 started = time.perf_counter()
-                compiled = step.lower(*args, workspace).compile()
+                step = make_step(body).lower(args, workspace).compile()
                 compile_s = time.perf_counter() - started
-                *first, workspace = compiled(*args, workspace)
+                first, workspace = step(args, workspace)
                 first = jax.device_get(first)
                 count, times = 20, []
                 for _ in range(6):
                     outs = []
                     started = time.perf_counter()
                     for _ in range(count):
-                        *out, workspace = compiled(*args, workspace)
+                        out, workspace = step(args, workspace)
                         outs.append(out)
                     jax.block_until_ready(outs)
                     times.append((time.perf_counter() - started) / count)
@@ -184,21 +192,15 @@ def profile(token_counts: list[int]) -> None:
     size = len(jax.devices())
     mesh = jax.make_mesh((size,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     jax.set_mesh(mesh)
-    spec = jax.P("model")
     for num_tokens in token_counts:
         for variant in ("psum", "fused", "kept"):
-
-            def local(*args, variant=variant):
-                return jax.tree.map(lambda out: out[None], chain(variant, *jax.tree.map(lambda x: x[0], args)))
-
-            x = jax.numpy.ones((size, num_tokens, DIM), "bfloat16")
-            step = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False), donate_argnums=3)
-            args = x, jax.numpy.ones((size, DIM), "bfloat16"), []
-            *_, workspace = jax.block_until_ready(step(*args, make_workspace(variant, mesh)))
+            step = make_step(functools.partial(chain, variant))
+            args = *(jax.numpy.ones((size, *shape), "bfloat16") for shape in ((num_tokens, DIM), (DIM,))), []
+            _, workspace = jax.block_until_ready(step(args, workspace_of(variant, mesh)))
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder):
                     for _ in range(3):
-                        *out, workspace = step(*args, workspace)
+                        out, workspace = step(args, workspace)
                     jax.block_until_ready(out)
                 [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
                 planes = jax.profiler.ProfileData.from_file(path).planes
@@ -223,20 +225,16 @@ def check(token_counts: list[int]) -> None:
     mesh = jax.make_mesh((size,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     jax.set_mesh(mesh)
     rng = np.random.default_rng(0)
-    for num_tokens in token_counts:
+    workspace = workspace_of("kept", mesh)  # of all sizes
+    for num_tokens in [*token_counts, *reversed(token_counts)]:
         parts, residual = (jnp.asarray(rng.normal(size=(size, num_tokens, DIM)), jnp.bfloat16) for _ in range(2))
         residual = jnp.broadcast_to(residual[:1], residual.shape)
         weight = jnp.asarray(rng.normal(size=(size, DIM)), jnp.bfloat16)
         weight = jnp.broadcast_to(weight[:1], weight.shape)
         for variant in ("psum", "kernel", "fused", "kept"):
-
-            def local(*args, variant=variant):
-                outs = reduce_and_norm(variant, *jax.tree.map(lambda x: x[0], args))
-                return jax.tree.map(lambda out: out[None], outs)
-
-            spec = jax.P("model")
-            step = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False))
-            *outs, _ = step(parts, residual, weight, make_workspace(variant, mesh))
+            step = make_step(functools.partial(reduce_and_norm, variant))
+            outs, kept = step((parts, residual, weight), workspace if variant == "kept" else [])
+            workspace = kept or workspace
             got, normed = (np.asarray(out, np.float64) for out in jax.device_get(outs))
             total = np.asarray(np.asarray(parts, np.float64).sum(0), jnp.bfloat16).astype(np.float64)
             want = np.asarray(total + np.asarray(residual[0], np.float64), jnp.bfloat16).astype(np.float64)

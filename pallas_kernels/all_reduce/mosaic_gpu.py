@@ -50,24 +50,28 @@ def block_width(num_tokens: int, dim: int, *, whole_rows: bool) -> int | None:
     return min((w for w in fitting if w >= MIN_WIDTH), default=max(fitting, default=None))
 
 
-def workspace_shapes(num_devices: int, max_width: int, dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """What each device keeps, zeroed at first, for sums whose blocks are up to `max_width` columns wide."""
-    return {
-        "inboxes": jax.ShapeDtypeStruct((2, num_devices, MAX_BLOCKS, max_width), dtype),
-        # For each device how many of its signals are unread; last, which inbox is next.
-        "flags": jax.ShapeDtypeStruct((MAX_BLOCKS, num_devices + 1), I32),
-    }
+def workspace_shapes(num_devices: int, max_width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what each device keeps for sums whose blocks are up to `max_width` columns wide: inboxes and flags.
+
+    Flags hold for each device how many of its signals are unread; last, which inbox is next.
+    """
+    return (2, num_devices, MAX_BLOCKS, max_width), (MAX_BLOCKS, num_devices + 1)
+
+
+def _inline(*arg_types: Any) -> Any:
+    """Marks a function as Mosaic's own code; what is called has no launch context as its first argument."""
+    return plgpu.inline_mgpu(arg_types=arg_types)
 
 
 def _store(ref, values, layout) -> None:
-    """Writes a vector that may be a peer's, of whose address Mosaic knows too little to write more than two bytes at once.
+    """Writes to a peer, of whose address Mosaic knows too little to write more than two bytes at once.
 
     Args:
       values: in `layout`, which is strided.
     """
     vec_size = layout.kwargs["vec_size"]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    @_inline(plgpu.RefType(), layout)
     def store(_, ref, values):
         start = arith.muli(mgpu.utils.thread_idx(), mgpu.utils.c(vec_size, mgpu.utils.thread_idx().type))
         for i, register in enumerate(values.registers.flat):
@@ -78,23 +82,23 @@ def _store(ref, values, layout) -> None:
     store(ref, values)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+@_inline(plgpu.RefType())
 def _signal(_, flag):
-    """Adds one to a flag, of a peer or our own, once all threads' writes are done."""
+    """Adds one to a peer's flag, once all threads' writes are done."""
     mgpu.utils.warpgroup_barrier()
     mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(flag)).signal(1)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+@_inline(plgpu.RefType())
 def _wait(_, flag):
     """Waits until a flag is positive, and takes one off."""
     mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(flag)).wait(1)
 
 
 def all_reduce(x, axis_name: str, *, residual, norm_weight, norm_eps: float, norm_offset: float, workspace=None) -> Any:
-    """See `api.all_reduce`; with a workspace, its arrays follow the results."""
+    """See `api.all_reduce`."""
     num_devices, (num_tokens, dim) = lax.axis_size(axis_name), x.shape
-    has_norm, keeps = norm_weight is not None, workspace is not None
+    has_norm, kept = norm_weight is not None, () if workspace is None else (workspace.inboxes, workspace.flags)
     width = block_width(num_tokens, dim, whole_rows=has_norm)
     assert width is not None
     num_parts = dim // width
@@ -121,7 +125,7 @@ def all_reduce(x, axis_name: str, *, residual, norm_weight, norm_eps: float, nor
         x_ref = refs.pop(0)
         residual_ref = refs.pop(0) if residual is not None else None
         weight_ref = refs.pop(0) if has_norm else None
-        inboxes_ref, flags_ref = (refs.pop(0), refs.pop(0)) if keeps else (None, None)
+        inboxes_ref, flags_ref = (refs.pop(0), refs.pop(0)) if kept else (None, None)
         out_ref, *refs = refs
         row, part = lax.axis_index("row"), lax.axis_index("part")
         columns = pl.ds(part * width, width)
@@ -156,16 +160,12 @@ def all_reduce(x, axis_name: str, *, residual, norm_weight, norm_eps: float, nor
 
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     inbox = jax.ShapeDtypeStruct((num_devices, *x.shape), x.dtype)
-    kept = tuple(jax.new_ref(workspace[name]) for name in ("inboxes", "flags")) if keeps else ()
     outs = plgpu.kernel(
         all_reduce,
-        out_type=(like_x, *[inbox] * (not keeps), *[like_x] * has_norm),
+        out_type=(like_x, *[inbox] * (not kept), *[like_x] * has_norm),
         grid=(num_tokens, num_parts),
         grid_names=("row", "part"),
-        scratch_types={} if keeps else {"arrived": plgpu.SemaphoreType.REGULAR},
-        compiler_params=plgpu.CompilerParams(skip_device_barrier=keeps),
+        scratch_types={} if kept else {"arrived": plgpu.SemaphoreType.REGULAR},
+        compiler_params=plgpu.CompilerParams(skip_device_barrier=bool(kept)),
     )(*(array for array in (x, residual, norm_weight) if array is not None), *kept)
-    result = (outs[0], outs[-1]) if has_norm else outs[0]
-    if not keeps:
-        return result
-    return result, dict(zip(("inboxes", "flags"), map(jax.freeze, kept), strict=True))
+    return (outs[0], outs[-1]) if has_norm else outs[0]

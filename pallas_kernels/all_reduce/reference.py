@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def all_reduce(x, axis_name: str, *, residual, norm_weight, norm_eps: float, norm_offset: float):
+def all_reduce(x, axis_name: str, *, residual, norm_weight, norm_eps: float, norm_offset: float, workspace=None):
     """See `api.all_reduce`."""
+    del workspace
     out = lax.psum(x, axis_name)
     if residual is not None:
         out = residual + out
