@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxengine.engine_args import EngineArgs
 from jaxengine.models.layers.linear import Linear
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.pallas_kernels import all_reduce as op
@@ -193,6 +195,33 @@ def test_nothing_is_said_where_there_is_no_choice(caplog):
     assert op.choose_implementation([Device(0, "cpu"), Device(1, "cpu")]) == "reference"
     assert op.choose_implementation([Device(0, "tpu"), Device(1, "tpu")]) == "reference"
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "platform", "backend"),
+    [
+        ({"disable_custom_all_reduce": False}, "gpu", "mosaic_gpu"),
+        ({}, "gpu", "reference"),
+        ({"disable_custom_all_reduce": False}, "tpu", "reference"),
+        ({"disable_custom_all_reduce": False, "tensor_parallel_size": 1}, "gpu", "reference"),
+        ({"disable_custom_all_reduce": False, "data_parallel_size": 2}, "gpu", "reference"),
+    ],
+)
+def test_what_a_planned_engine_uses(options, platform, backend, caplog):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 64,
+    }
+    args = EngineArgs(**{"tensor_parallel_size": 2, "num_gpu_blocks_override": 64} | options)
+    resolved = args.resolve(SimpleNamespace(config=config), platform)  # pyright: ignore[reportArgumentType]
+    assert resolved.all_reduce_backend == backend
+    assert ("data_parallel_size=2: sums over devices" in caplog.text) == ("data_parallel_size" in options)
 
 
 def test_what_has_a_kernel():
