@@ -96,6 +96,7 @@ class EngineConfig:
         kv_cache_dtype: Dtype of cached keys and values.
         attention: What the attention op needs to know of the model; of one device's heads.
         attention_backend: Implementation of ragged paged attention.
+        all_reduce_backend: Implementation of sums over the devices that share the model, in steps of few tokens.
         data_parallel_size: Shards, each with its own scheduler, pages and prefix cache, that step together.
         block_size: Tokens of a page.
         num_pages: Pages of the KV cache; None sizes it from the memory.
@@ -119,6 +120,7 @@ class EngineConfig:
     kv_cache_dtype: str
     attention: AttentionSpec
     attention_backend: str
+    all_reduce_backend: str = "reference"
     data_parallel_size: int = 1
     block_size: int = 16
     num_pages: int | None = None

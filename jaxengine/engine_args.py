@@ -40,6 +40,8 @@ class EngineArgs:
         tensor_parallel_size: Devices that share the model: heads, FFN columns and vocabulary.
         data_parallel_size: Copies of the model, each on devices of its own, that share the requests and step together.
             What follows, sizes and memory, holds for each of them.
+        disable_custom_all_reduce: Whether devices that share the model add up through XLA's collectives only; else, in
+            steps of few tokens on GPUs of one process, through each other's memory.
         distributed_executor_backend: "external_launcher": this script runs in several processes (torchrun, SLURM, ...),
             which share the devices of all; None: in one.
         max_model_len: Prompt and output tokens of one request at most; None: what the model and the cache allow.
@@ -73,6 +75,7 @@ class EngineArgs:
     seed: int = 0
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    disable_custom_all_reduce: bool = True
     distributed_executor_backend: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -162,6 +165,7 @@ class EngineArgs:
             cache_dtype=dtypes.kv_cache,
         )
         backend = choose_implementation(attention, platform, self.attention_backend)
+        devices = None if is_planned else jax.devices()[:num_devices]
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
         default_tokens = max(
@@ -190,6 +194,7 @@ class EngineArgs:
                 kv_cache_dtype=dtypes.kv_cache,
                 attention=attention,
                 attention_backend=backend,
+                all_reduce_backend=self._all_reduce_backend(platform, devices),
                 data_parallel_size=self.data_parallel_size,
                 block_size=self.block_size,
                 num_pages=self.num_gpu_blocks_override,
@@ -213,3 +218,18 @@ class EngineArgs:
                 )
                 max_model_len = capacity
         return make(max_model_len)
+
+    def _all_reduce_backend(self, platform: str, devices: list[Any] | None) -> str:
+        """How the devices of a mesh, or of a planned one, add up what they share."""
+        from jaxengine.pallas_kernels.all_reduce import choose_implementation
+
+        if self.disable_custom_all_reduce or self.tensor_parallel_size == 1:
+            return "reference"
+        if self.data_parallel_size > 1:
+            logger.warning(
+                "data_parallel_size=%d: sums over devices run through XLA's collectives", self.data_parallel_size
+            )
+            return "reference"
+        if devices is None:
+            return "mosaic_gpu" if platform == "gpu" else "reference"
+        return choose_implementation(devices)

@@ -22,6 +22,7 @@ from jaxengine.models.layers.norm import LayerNorm, RMSNorm, Sum
 from jaxengine.models.layers.rope import RopeTable, rope_table
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.weights import WeightSpec, parameters
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, plan_attention
 from jaxengine.sharding import axes
 from jaxengine.sharding.mesh import MODEL
@@ -45,13 +46,18 @@ class DecoderLayer(nnx.Module):
 
     @jax.jit
     def __call__(
-        self, x: jax.Array | Sum, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
+        self,
+        x: jax.Array | Sum,
+        rope: RopeTable | None,
+        cache: Any,
+        meta: AttentionMetadata,
+        sums: Workspace | None = None,
     ) -> tuple[jax.Array | Sum, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
         x, normed = self.input_layernorm.added(x)
-        attended, cache = self.self_attn(normed, rope, cache, meta, in_parts=True)
+        attended, cache = self.self_attn(normed, rope, cache, meta, sums, in_parts=True)
         x, normed = self.post_attention_layernorm.added(Sum(x, attended))
-        return Sum(x, self.mlp(normed, in_parts=True)), cache
+        return Sum(x, self.mlp(normed, sums, in_parts=True)), cache
 
 
 class CausalLM(nnx.Module):
@@ -117,7 +123,12 @@ class CausalLM(nnx.Module):
         return x if self.config.embedding_scale == 1.0 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def __call__(
-        self, token_ids: jax.Array, positions: jax.Array, kv_caches: Sequence[Any], meta: AttentionMetadata
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        kv_caches: Sequence[Any],
+        meta: AttentionMetadata,
+        sums: Workspace | None = None,
     ) -> tuple[jax.Array, list[Any]]:
         """Runs the layers over a ragged batch.
 
@@ -126,6 +137,7 @@ class CausalLM(nnx.Module):
             positions: i32[T], each token's position in its own sequence.
             kv_caches: One cache for each layer; a single one for stacked layers.
             meta: Which tokens belong to which sequences and pages.
+            sums: See `Linear`; not with stacked layers.
 
         Returns:
             Hidden states after the final norm, `[T, D]`, and the caches with the new keys and values.
@@ -149,7 +161,7 @@ class CausalLM(nnx.Module):
                     cache=_of_one_device(cache, config.tensor_parallel_size),
                     sliding_window=window,
                 )
-            x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window])
+            x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window], sums)
             new_caches.append(cache)
         return self.norm.added(x)[1], new_caches
 

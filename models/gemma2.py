@@ -12,6 +12,7 @@ from jaxengine.models.causal_lm import CausalLM, DecoderLayer, make_norm
 from jaxengine.models.config import FULL, SLIDING, ModelConfig, common_fields
 from jaxengine.models.layers.rope import RopeTable
 from jaxengine.models.registry import architecture_of
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 
 
@@ -26,12 +27,12 @@ class GemmaLayer(DecoderLayer):
 
     @jax.jit
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
+        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, sums: Workspace | None = None
     ) -> tuple[jax.Array, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, cache, meta)
+        attended, cache = self.self_attn(self.input_layernorm(x), rope, cache, meta, sums)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), sums)), cache
 
 
 class Gemma2ForCausalLM(CausalLM):

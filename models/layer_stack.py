@@ -37,7 +37,7 @@ class LayerStack(nnx.Module):
         self.layer = nnx.merge(graphdefs[0], jax.tree.map(lambda *leaves: _stack(leaves), *states))
 
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
+        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, sums: None = None
     ) -> tuple[jax.Array, Any]:
         """Applies all layers to `[T, D]`.
 
@@ -46,6 +46,7 @@ class LayerStack(nnx.Module):
             rope: cos and sin of the T positions, or None.
             cache: One cache with the pages of all layers, layer i's at `i * P`.
             meta: As for one layer with P pages, but planned for all pages.
+            sums: None: what devices share is added up by the compiler.
         """
         graphdef, state = nnx.split(self.layer)
         num_pages = cache[0].shape[0] // self.num_layers

@@ -14,6 +14,7 @@ from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.mlp import GatedMLP
 from jaxengine.models.layers.rope import RopeTable
 from jaxengine.models.registry import architecture_of
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 
 
@@ -29,12 +30,12 @@ class Olmo2Layer(nnx.Module):
 
     @jax.jit
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata
+        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, sums: Workspace | None = None
     ) -> tuple[jax.Array, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
-        attended, cache = self.self_attn(x, rope, cache, meta)
+        attended, cache = self.self_attn(x, rope, cache, meta, sums)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(x)), cache
+        return x + self.post_feedforward_layernorm(self.mlp(x, sums)), cache
 
 
 class Olmo2ForCausalLM(CausalLM):

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.registry import abstract_model
+from jaxengine.pallas_kernels.all_reduce import Workspace, has_kernel, make_workspace
 from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
@@ -176,7 +177,9 @@ class ModelRunner:
         match key:
             case Bucket():
                 layout = self._layouts[key]
-                function, shared, donated = make_forward(self._flat, layout), (0,), (1, 2)
+                sums_over_peers = self._sums_over_peers(key.num_tokens)
+                function = make_forward(self._flat, layout, sums_over_peers=sums_over_peers)
+                shared, donated = (0,), (1, 2)
                 caches = jax.eval_shape(self._make_caches)
                 caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
                 args = leaves, caches, last_token, self._own((layout.size,))
@@ -435,12 +438,24 @@ class ModelRunner:
     def _num_mask_words(self) -> int:
         return -(-self._vocab_size // 32)
 
-    def _make_caches(self) -> list[KVCache]:
+    def _sums_over_peers(self, num_tokens: int) -> bool:
+        """Whether the devices that share the model hand each other their parts of sums [T, D] in a kernel of ours."""
+        x = jax.ShapeDtypeStruct((num_tokens, self.model_config.hidden_size), self.config.dtype)
+        return self.config.all_reduce_backend != "reference" and has_kernel(x, self._place.size)
+
+    def _make_caches(self) -> list[KVCache | Workspace]:
+        """The layers' caches; then the workspace of sums over devices, if the smallest step has any."""
         config, place = self.config, self._place
         num_caches = 1 if self._is_stacked else config.model.num_layers
         num_pages = place.num_shards * self.num_pages * config.model.num_layers // num_caches
         where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
-        return [make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)]
+        caches: list[KVCache | Workspace] = [
+            make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)
+        ]
+        sharding = place.heads()
+        if sharding is not None and self._sums_over_peers(1):
+            caches.append(make_workspace(place.size, self.model_config.hidden_size, config.dtype, sharding))
+        return caches
 
     def _make_state(self) -> SamplingState:
         return make_sampling_state(self._place.num_shards * self.config.scheduler.max_num_seqs, self._vocab_size)
@@ -452,7 +467,8 @@ class ModelRunner:
         return list(map(jax.device_put, leaves, self._leaf_places))
 
     def _allocate(self) -> None:
-        self._caches = self._make_caches()
+        # All of it there before a step runs anywhere: peers write into the workspace.
+        self._caches = jax.block_until_ready(self._make_caches())
         state, last_token = self._abstract_state()
         places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self._place.mesh is not None else None
         make = jax.jit(lambda: (self._make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places)

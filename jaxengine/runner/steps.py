@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.sampling.logprobs import Logprobs, gather_logprobs
 from jaxengine.sampling.sampler import LogitsProcessor, greedy, record_last, sample
@@ -44,8 +45,11 @@ class FlatModel:
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))
 
 
-def make_forward(model: FlatModel, layout: PackedLayout):
+def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: bool = False):
     """The model's part of a step, for one bucket.
+
+    Args:
+        sums_over_peers: Whether the devices that share the model add up through the `Workspace` at the end of `caches`.
 
     Returns:
         forward(leaves, caches, last_token, packed) -> (caches, last_token, ForwardOutputs); caches and last_token,
@@ -61,7 +65,10 @@ def make_forward(model: FlatModel, layout: PackedLayout):
         first = jnp.where(first < 0, last_token[inputs.rows.slot], first)
         # Not `.at[:num_seqs].set`, which crashes jaxlib 0.11.2 under `shard_map` over the data axis.
         token_ids = jnp.concatenate([first, inputs.token_ids[num_seqs:]])
-        hidden, caches = lm(token_ids, inputs.positions, caches, inputs.meta)  # [T, D]
+        layers, kept = (caches[:-1], caches[-1:]) if isinstance(caches[-1], Workspace) else (caches, [])
+        refs = [jax.tree.map(jax.new_ref, workspace) for workspace in kept] if sums_over_peers else []
+        hidden, layers = lm(token_ids, inputs.positions, layers, inputs.meta, *refs)  # [T, D]
+        caches = [*layers, *(jax.tree.map(jax.freeze, refs) if refs else kept)]
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
         return caches, record_last(greedy(logits), inputs.rows, last_token), ForwardOutputs(logits, hidden)
 

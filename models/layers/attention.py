@@ -15,6 +15,7 @@ from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.linear import Linear, split_fused
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.models.layers.rope import RopeTable, apply_rope
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, ragged_paged_attention
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
@@ -77,7 +78,14 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, *, in_parts: bool = False
+        self,
+        x: jax.Array,
+        rope: RopeTable | None,
+        cache: Any,
+        meta: AttentionMetadata,
+        sums: Workspace | None = None,
+        *,
+        in_parts: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Attends, and writes the new keys and values into the cache.
 
@@ -86,7 +94,7 @@ class Attention(nnx.Module):
             rope: cos and sin of the T positions; None where this layer does not rotate.
             cache: This layer's cache.
             meta: Which tokens belong to which sequences and pages.
-            in_parts: See `Linear`.
+            sums, in_parts: See `Linear`.
 
         Returns:
             `[T, D]` and the cache with the new keys and values.
@@ -103,7 +111,7 @@ class Attention(nnx.Module):
         if self.heads.size > 1:
             attend = over_heads(attend, (True, True, True, True, False))
         out, cache = attend(q, k, v, cache, meta)  # [T, N, H]
-        return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), in_parts=in_parts), cache
+        return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), sums, in_parts=in_parts), cache
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""

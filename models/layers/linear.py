@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.pallas_kernels.all_reduce import Workspace, all_reduce
 from jaxengine.pallas_kernels.skinny_matmul import has_kernel, skinny_matmul
 from jaxengine.sharding.layout import Runs
+from jaxengine.sharding.mesh import DATA, MODEL
 
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
@@ -85,6 +88,12 @@ def _dot_by_blocks(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax
     return lax.fori_loop(0, -(-num_rows // block), body, jnp.zeros((*x.shape[:-1], num_rows), out_dtype))
 
 
+def few_rows_matmul(x: jax.Array, weight: jax.Array) -> Callable[..., jax.Array]:
+    """`skinny_matmul` where it has a kernel for a product, else `matmul`."""
+    has_own = x.dtype == weight.dtype and has_kernel(x.shape, weight.shape, x.dtype)
+    return skinny_matmul if has_own else matmul
+
+
 class Linear(nnx.Module):
     """`x @ weight.T + bias`, weight `[out, in]`."""
 
@@ -117,17 +126,41 @@ class Linear(nnx.Module):
         self.weight = parameter(shape, axes, dtype=dtype, rngs=rngs, columns=columns, **order)
         self.bias = parameter(shape[:1], axes[:1], dtype=dtype, rngs=rngs, init="zeros", **order) if bias else None
 
-    def __call__(self, x: jax.Array, *, in_parts: bool = False) -> jax.Array:  # [..., in] -> [..., out]
-        """Applies the layer. `in_parts` allows a result in parts, f32[S, T, out], for a `Sum`."""
+    def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+            x: `[..., in]`.
+            sums: For `[T, in]` whose last axis the devices of the mesh at hand share: where they hand each other their
+                parts of the products. Without, the compiler adds up what is shared.
+            in_parts: Allows a result in parts, for a `Sum`.
+
+        Returns:
+            `[..., out]`, or parts of it, f32[S, T, out].
+        """
         weight = self.weight[...]
-        has_own = x.dtype == weight.dtype and has_kernel(x.shape, weight.shape, x.dtype)
-        if in_parts and has_own and self.bias is None:
+        if sums is not None:
+            out = sum_over_devices(x, weight, sums)
+            return out if self.bias is None else out + self.bias[...]
+        multiply = few_rows_matmul(x, weight)
+        if in_parts and multiply is skinny_matmul and self.bias is None:
             return skinny_matmul(x, weight)
-        multiply = skinny_matmul if has_own else matmul
         if self.bias is None:
             return multiply(x, weight, x.dtype)
         # The bias is added before rounding, as a fused kernel would.
         return (multiply(x, weight, jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def sum_over_devices(x: jax.Array, weight: jax.Array, sums: Workspace) -> jax.Array:
+    """`x @ weight.T`, `[T, in]` and `[out, in]` with the last axis of both over the devices of the model."""
+
+    def own(x, weight, sums):
+        return all_reduce(few_rows_matmul(x, weight)(x, weight, x.dtype), MODEL, workspace=sums)
+
+    columns, kept = PartitionSpec(None, MODEL), PartitionSpec(DATA, MODEL)
+    return jax.shard_map(own, in_specs=(columns, columns, kept), out_specs=PartitionSpec(), check_vma=False)(
+        x, weight, sums
+    )
 
 
 def split_fused(x: jax.Array, parts: Sequence[int], size: int) -> list[jax.Array]:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.linear import Linear, split_fused
+from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.pallas_kernels.skinny_matmul import gated_skinny_matmul, has_kernel
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import fused_runs
@@ -52,8 +53,8 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
-    def __call__(self, x: jax.Array, *, in_parts: bool = False) -> jax.Array:  # [T, D] -> [T, D]
-        """Applies the layer; see `Linear` for `in_parts`."""
+    def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
+        """Applies the layer to `[T, D]`; see `Linear` for the rest."""
         weight = self.gate_up_proj.weight
         is_plain = self.activation == "silu" and self.gate_up_proj.bias is None and x.dtype == weight.dtype
         if is_plain and has_kernel(x.shape, weight.shape, x.dtype, gated=True):
@@ -62,7 +63,7 @@ class GatedMLP(nnx.Module):
             fused = self.gate_up_proj(x)  # [T, 2F]
             gate, up = split_fused(fused, (fused.shape[1] // 2,) * 2, self.size)  # [T, F] each
             hidden = (activate(gate, self.activation) * up.astype(jnp.float32)).astype(x.dtype)
-        return self.down_proj(hidden, in_parts=in_parts)
+        return self.down_proj(hidden, sums, in_parts=in_parts)
 
 
 class MLP(nnx.Module):
@@ -75,6 +76,6 @@ class MLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
-    def __call__(self, x: jax.Array, *, in_parts: bool = False) -> jax.Array:  # [T, D] -> [T, D]
-        """Applies the layer; see `Linear` for `in_parts`."""
-        return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype), in_parts=in_parts)
+    def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
+        """Applies the layer to `[T, D]`; see `Linear` for the rest."""
+        return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype), sums, in_parts=in_parts)
