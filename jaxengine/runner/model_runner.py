@@ -71,6 +71,9 @@ MAX_LOGITS_PROCESSORS = 31
 MAX_STRETCH = 4
 # What "lazy" compiles ahead: the first small bucket, and the decode of one request.
 LAZY_SHAPES = 2
+# On a GPU, decodes of up to so many sequences keep their outputs for the next step to overwrite: larger steps take
+# longer than the host does, and their logits much memory.
+HELD_SEQS = 64
 
 
 class ForwardStep(NamedTuple):
@@ -133,6 +136,7 @@ class ModelRunner:
         self._state: Any = None
         self._last_token: Any = None
         self._held_inputs: dict[int, jax.Array] = {}
+        self._held_outputs: dict[Bucket, ForwardOutputs] = {}
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads)
         if config.warmup != "none":
@@ -179,10 +183,10 @@ class ModelRunner:
                 layout = self._layouts[key]
                 sums_over_peers = self._sums_over_peers(key.num_tokens)
                 function = make_forward(self._flat, layout, sums_over_peers=sums_over_peers)
-                shared, donated = (0,), (1, 2)
+                shared, donated = (0,), (1, 2, 4)
                 caches = jax.eval_shape(self._make_caches)
                 caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
-                args = leaves, caches, last_token, self._own((layout.size,))
+                args = leaves, caches, last_token, self._own((layout.size,)), self._abstract_held(key)
                 carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
                 out_shardings = *carried, ForwardOutputs._make((logits_place, hidden_place))
             case SamplerKey(num_seqs, features, processors):
@@ -216,7 +220,7 @@ class ModelRunner:
         function = place.of_every_shard(function, [i in shared for i in range(len(args))])
         places = {} if place.mesh is None else {"out_shardings": out_shardings}
         with place.context():
-            jitted = jax.jit(function, donate_argnums=donated, keep_unused=isinstance(key, TakeInputsKey), **places)
+            jitted = jax.jit(function, donate_argnums=donated, keep_unused=True, **places)
             return jitted.lower(*args)
 
     def _own(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -249,7 +253,8 @@ class ModelRunner:
         sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self._processors)
         used = [temporary_bytes(runner.compile_program(key)) for key in (self.buckets[-1], sampler)]
         runner.close()
-        return self.weight_bytes() + sum(used)
+        held = [x for bucket in self.buckets for x in jax.tree.leaves(self._abstract_held(bucket))]
+        return self.weight_bytes() + sum(used) + sum(bytes_on_a_device(x, x.sharding) for x in held)
 
     def wait_until_warm(self) -> None:
         """Compiles whatever is left of the warm-up, and waits for it.
@@ -333,7 +338,7 @@ class ModelRunner:
         layout = self._layouts[bucket]
         packed = pack(batches, orders, layout, self._slots)
         forward = self._compiler.get(bucket)
-        args = self._leaves, self._caches, self._last_token, self._put_inputs(packed)
+        args = self._leaves, self._caches, self._last_token, self._put_inputs(packed), self._take_held(bucket)
         self._caches, self._last_token, outputs = forward(*args)
         return ForwardStep(batches, orders, bucket, layout.rows_of(packed), outputs)
 
@@ -344,8 +349,11 @@ class ModelRunner:
             step: The newest step.
             masks: What grammars allow, for each shard.
         """
+        step = step if masks is None else self._mask(step, masks)
         batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
-        logprobs = self._sample(step if masks is None else self._mask(step, masks), has_masks=masks is not None)
+        if bucket in self._held_outputs:
+            self._held_outputs[bucket] = outputs
+        logprobs = self._sample(step, has_masks=masks is not None)
         tokens = self._compiler.get(CopyTokensKey())(self._last_token)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
@@ -396,6 +404,22 @@ class ModelRunner:
             held = self._put_own(np.zeros_like(packed))
         self._held_inputs[size] = self._compiler.get(TakeInputsKey(size))(held, fresh)
         return self._held_inputs[size]
+
+    def _abstract_held(self, bucket: Bucket) -> ForwardOutputs | None:
+        """The outputs that a step of this shape overwrites; None for one that does not."""
+        if self.config.platform != "gpu" or not bucket.decode_only or bucket.num_seqs > HELD_SEQS:
+            return None
+        logits = self._own((bucket.num_seqs, self._vocab_size), jnp.float32)
+        hidden = self._own((bucket.num_tokens, self.model_config.hidden_size), self.config.dtype)
+        return ForwardOutputs(abstract(logits, self._place.columns(self._vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
+
+    def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
+        """The outputs of the last step of this shape, to be overwritten."""
+        held = self._held_outputs.get(bucket) or self._abstract_held(bucket)
+        if held is not None and bucket not in self._held_outputs:
+            held = jax.tree.map(lambda x: self._place.put(np.zeros(x.shape, x.dtype), x.sharding), held)
+            self._held_outputs[bucket] = held
+        return held
 
     def _put_own(self, x: np.ndarray) -> jax.Array:
         """An argument whose first axis the shards share out."""
@@ -487,6 +511,7 @@ class ModelRunner:
             array.delete()
         self._leaves, self._caches, self._state, self._last_token = None, [], None, None
         self._held_inputs.clear()
+        self._held_outputs.clear()
 
     @property
     def is_sleeping(self) -> bool:

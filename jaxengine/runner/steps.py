@@ -52,11 +52,13 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         sums_over_peers: Whether the devices that share the model add up through the `Workspace` at the end of `caches`.
 
     Returns:
-        forward(leaves, caches, last_token, packed) -> (caches, last_token, ForwardOutputs); caches and last_token,
-        i32[R], are to be donated. The most likely tokens are noted in last_token.
+        forward(leaves, caches, last_token, packed, held) -> (caches, last_token, ForwardOutputs); caches, last_token,
+        i32[R], and held are to be donated. The most likely tokens are noted in last_token. `held` is None, or outputs
+        that nobody needs any more, whose memory the new ones take: see `take_inputs`.
     """
 
-    def forward(leaves, caches, last_token: jax.Array, packed: jax.Array):
+    def forward(leaves, caches, last_token: jax.Array, packed: jax.Array, held: ForwardOutputs | None = None):
+        del held
         inputs = layout.unpack(packed)
         lm = model.merge(leaves)
         # Only decodes feed on the token sampled last, and the i-th decode's token is the i-th row.
@@ -110,7 +112,8 @@ def take_inputs(held: jax.Array, packed: jax.Array) -> jax.Array:
     For GPUs, where a step is a CUDA graph with the addresses of its arrays in it. If one of them is elsewhere than in
     the step before, XLA writes the graph anew: 0.5 to 1.3 ms on the host for Qwen3-0.6B's step, and 10 us for each
     kernel that is not XLA's own (H100, jax 0.11.2, 2026-11-25). What comes from the host and goes there has a new place
-    each time, since two steps are under way; so programs of one copy stand before and after the step.
+    each time, since two steps are under way; so programs of one copy stand before and after the step. Outputs that stay
+    on the device take the place of those of the step before.
     """
     del held
     return jnp.copy(packed)

@@ -6,7 +6,7 @@ from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 
 KVCache = tuple[jax.Array, ...]
 
-MAX_TOKENS = 32
+MAX_TOKENS = 128
 
 
 def has_kernel(qkv: jax.Array, cos: jax.Array, cache: KVCache, meta: AttentionMetadata) -> bool:
