@@ -5,12 +5,13 @@ Ray places the actors. Each holds a whole engine, with all devices of its tensor
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 try:
-    import ray  # pyright: ignore[reportMissingImports]
+    ray: Any = importlib.import_module("ray")  # type checkers would take this very file for it
 except ImportError as error:
     raise ImportError('jaxengine.ray needs Ray: pip install "jaxengine[ray]"') from error
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError  # pyright: ignore[reportMissingImports]

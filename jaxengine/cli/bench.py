@@ -278,7 +278,10 @@ def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"bandwidth={args.bandwidth}: must be a number of GB/s above 0")
         return {"bandwidth": args.bandwidth * 1e9, "bandwidth_source": "given"}
     from jaxengine.bench.floor import copy_bandwidth
+    from jaxengine.engine_args import EngineArgs
+    from jaxengine.runner.memory import reserve_device_memory
 
+    reserve_device_memory(engine_kwargs(args).get("gpu_memory_utilization", EngineArgs.gpu_memory_utilization))
     measured = copy_bandwidth()
     return {"bandwidth": measured, "bandwidth_source": None if measured is None else "measured with large copies"}
 

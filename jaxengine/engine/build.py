@@ -30,6 +30,9 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
     Raises:
         ValueError: A value that the model or the memory does not allow, or weights that do not fit the model.
     """
+    from jaxengine.runner.memory import device_bytes_in_use, reserve_device_memory
+
+    reserve_device_memory(args.gpu_memory_utilization)
     set_up_compilation_cache(args.compilation_cache_dir)
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.model_runner import ModelRunner
@@ -39,9 +42,12 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
     config = args.resolve(checkpoint)
     num_shards, size = config.data_parallel_size, config.model.tensor_parallel_size
     mesh = make_mesh(num_shards, size) if num_shards * size > 1 else None
+    bytes_in_use = device_bytes_in_use()
     with ThreadPoolExecutor(1) as pool:  # weights load while the first steps compile
         model = pool.submit(load_weights, args, checkpoint, config, mesh)
-        runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config, mesh)
+        runner = ModelRunner(
+            abstract_model(config.model, config.dtype, config.weight_dtype), config, mesh, bytes_in_use
+        )
         try:
             runner.load(model.result())
             if config.warmup == "full":

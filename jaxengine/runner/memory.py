@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,23 @@ logger = logging.getLogger(__name__)
 
 # CPUs share their memory with everything else, so the cache takes a fixed amount and not a share of what is free.
 CPU_CACHE_BYTES = 384 * 2**20
+# Of what JAX has taken: outputs of a second step under way, and what lies between arrays.
+MARGIN = 0.03
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+JAX_FRACTION = 0.75  # of a GPU's memory, which JAX takes at its start unless that variable says otherwise
+
+
+def reserve_device_memory(gpu_memory_utilization: float) -> None:
+    """Lets JAX take that share of a GPU's memory; to be called before anything runs on it.
+
+    Whoever has set `XLA_PYTHON_CLIENT_MEM_FRACTION`, or run something in JAX before, keeps what that gave.
+    """
+    os.environ.setdefault(FRACTION, str(gpu_memory_utilization))
+
+
+def device_bytes_in_use() -> int:
+    """What arrays take on the first device; 0 where the device does not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
 
 
 def page_bytes(config: EngineConfig) -> int:
@@ -24,18 +42,19 @@ def page_bytes(config: EngineConfig) -> int:
     return config.model.num_layers * sum(map(math.prod, shapes)) * jnp.dtype(config.kv_cache_dtype).itemsize
 
 
-def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | None) -> int:
+def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | None, bytes_in_use: int = 0) -> int:
     """Pages in `kv_cache_memory_bytes`, or in what weights and the largest step leave of the device.
 
     Args:
         step_bytes: Measures the weights and the largest step's temporaries; None on CPU.
+        bytes_in_use: By others than the weights, which may be loading already.
 
     Raises:
         ValueError: There is no room for a single request of `max_model_len` tokens.
     """
     available = config.kv_cache_memory_bytes
     if available is None:
-        available = CPU_CACHE_BYTES if step_bytes is None else _free_device_bytes(config, step_bytes())
+        available = CPU_CACHE_BYTES if step_bytes is None else _free_device_bytes(config, step_bytes(), bytes_in_use)
     num_pages = available // page_bytes(config)
     needed = -(-config.scheduler.max_model_len // config.block_size)
     if num_pages < needed:
@@ -48,12 +67,23 @@ def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | Non
     return num_pages
 
 
-def _free_device_bytes(config: EngineConfig, step_bytes: int) -> int:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
-    free = int(limit * config.gpu_memory_utilization) - used - step_bytes
+def _free_device_bytes(config: EngineConfig, step_bytes: int, bytes_in_use: int) -> int:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    free = cache_bytes(limit, config.gpu_memory_utilization, bytes_in_use + step_bytes)
     logger.info(
-        "device memory: %.2f GiB, %.2f in use, %.2f for weights and a step: %.2f GiB for the KV cache",
-        *(x / 2**30 for x in (limit, used, step_bytes, free)),
+        "device memory: %.2f GiB for JAX, %.2f in use, %.2f for weights and a step: %.2f GiB for the KV cache",
+        *(x / 2**30 for x in (limit, bytes_in_use, step_bytes, free)),
     )
     return free
+
+
+def cache_bytes(limit: int, utilization: float, taken: int) -> int:
+    """What is left for the cache.
+
+    Args:
+        limit: What JAX may allocate.
+        utilization: Share of the device's memory that the engine may take.
+        taken: What others and the engine's weights and steps need of it.
+    """
+    device_bytes = limit / float(os.environ.get(FRACTION, JAX_FRACTION))
+    return int(min(limit, device_bytes * utilization) * (1 - MARGIN)) - taken

@@ -100,13 +100,14 @@ class ModelRunner:
         buckets: Shapes of the steps.
     """
 
-    def __init__(self, model: CausalLM, config: EngineConfig, mesh: Mesh | None = None):
+    def __init__(self, model: CausalLM, config: EngineConfig, mesh: Mesh | None = None, bytes_in_use: int = 0):
         """Starts compiling for an abstract model; `load` brings the weights, and may come later.
 
         Args:
             model: The model without weights, as its class makes it without `rngs`.
             config: The engine's configuration.
             mesh: The devices; None for the default device.
+            bytes_in_use: Of a device, by others than this model.
         """
         self.config = config
         self.model_config = config.model
@@ -126,7 +127,7 @@ class ModelRunner:
         self._offloaded: list[np.ndarray] | None = None
         self._processors: tuple[LogitsProcessor, ...] = config.logits_processors
         self.num_pages = config.num_pages or least_of_all_processes(
-            num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None)
+            num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None, bytes_in_use)
         )
         self._slots = [
             SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)

@@ -1,6 +1,9 @@
 """How the memory beside the KV cache is found."""
 
+import pytest
+
 from jaxengine import LLM
+from jaxengine.runner.memory import FRACTION, MARGIN, cache_bytes, reserve_device_memory
 from jaxengine.runner.programs import SamplerKey, temporary_bytes
 from jaxengine.sampling.sampler import EVERY_FEATURE
 from tests.conftest import SMALL_ENGINE, write_tiny_model
@@ -14,3 +17,15 @@ def test_two_layers_tell_what_the_largest_step_needs(tmp_path):
         programs = [runner.compile_program(key) for key in (largest, SamplerKey(largest.num_seqs, EVERY_FEATURE, ()))]
         needed = runner.weight_bytes() + sum(map(temporary_bytes, programs))
         assert 0.99 * needed <= runner._bytes_beside_cache() <= 1.01 * needed
+
+
+def test_the_cache_gets_the_share_of_the_device_that_is_asked_for(monkeypatch):
+    """80 GB, of which JAX has taken three quarters by itself, or the share that the engine asks for."""
+    left = 1 - MARGIN
+    monkeypatch.delenv(FRACTION, raising=False)
+    assert cache_bytes(60_000, 0.5, 10_000) == pytest.approx(40_000 * left - 10_000, abs=1)
+    assert cache_bytes(60_000, 0.9, 10_000) == pytest.approx(60_000 * left - 10_000, abs=1)  # what JAX has
+    reserve_device_memory(0.9)
+    assert cache_bytes(72_000, 0.9, 10_000) == pytest.approx(72_000 * left - 10_000, abs=1)
+    reserve_device_memory(0.5)  # JAX has begun: the first counts
+    assert cache_bytes(72_000, 0.5, 0) == pytest.approx(40_000 * left, abs=1)

@@ -75,7 +75,7 @@ def check_replicas(model: str, expected: list[str]) -> None:
     with pytest.raises(ValueError, match=r"num_replicas=3 with \{'CPU': 1\} each: this Ray cluster has room for 2"):
         RayReplicas(model, num_replicas=3, **ENGINE)
     with pytest.raises(ValueError, match="warmup='never'"):
-        RayReplicas(model, **ENGINE | {"warmup": "never"})
+        RayReplicas(model, **{**ENGINE, "warmup": "never"})
     replicas = RayReplicas(model, num_replicas=2, **ENGINE)
     outputs = replicas.generate(PROMPTS, GREEDY)
     assert [output.prompt for output in outputs] == PROMPTS
