@@ -22,6 +22,8 @@ from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.mlp import GatedMLP
 from jaxengine.models.layers.norm import RMSNorm, Sum
 from jaxengine.pallas_kernels.add_norm import add_norm, reference
+from jaxengine.pallas_kernels.add_norm import api as add_norm_api
+from jaxengine.pallas_kernels.add_norm import mosaic_gpu as add_norm_kernel
 from jaxengine.pallas_kernels.skinny_matmul import config as configs
 from jaxengine.pallas_kernels.skinny_matmul import gated_skinny_matmul, has_kernel, mosaic_gpu, skinny_matmul
 from jaxengine.pallas_kernels.skinny_matmul.config import Config, candidates, choose_config
@@ -139,8 +141,8 @@ def test_what_is_not_a_number_stays_where_it_is(interpret, choose):
 def test_add_norm(interpret, num_rows, dim, num_parts, offset):
     residual, weight = draw(5, (num_rows, dim), (dim,))
     (parts,) = draw(6, (num_parts, num_rows, dim), dtype="float32")
-    call = functools.partial(add_norm, eps=0.1, offset=offset)
-    got_sum, got = interpret(call, residual, parts, weight)
+    kernel, call = (functools.partial(f, eps=0.1, offset=offset) for f in (add_norm_kernel.add_norm, add_norm))
+    got_sum, got = interpret(kernel, residual, parts, weight)
     want_sum = wide(residual) + wide(parts).sum(0)
     want = want_sum / np.sqrt((want_sum**2).mean(1, keepdims=True) + 0.1) * (wide(weight) + offset)
     assert (got_sum.dtype, got.dtype) == (residual.dtype,) * 2
@@ -152,19 +154,17 @@ def test_add_norm(interpret, num_rows, dim, num_parts, offset):
     assert error(call(residual, parts, weight)[1], plain) < 1e-6  # on a CPU that is the reference
     if num_parts == 1:
         narrow = parts[0].astype(residual.dtype)
-        assert error(interpret(call, residual, narrow, weight)[1], want) < 2 * BOUNDS["bfloat16"]
+        assert error(interpret(kernel, residual, narrow[None], weight)[1], want) < 2 * BOUNDS["bfloat16"]
 
 
 def test_a_norm_of_part_of_a_row_is_noticed(interpret, monkeypatch):
     residual, weight = draw(7, (2, 2048), (2048,))
     residual = residual * jnp.where(jnp.arange(2048) < 1024, 1, 4).astype(residual.dtype)
-    from jaxengine.pallas_kernels.add_norm import mosaic_gpu as kernel
-
-    call = functools.partial(add_norm, eps=0.1)
-    want = call(residual, residual, weight)[1]
+    want = add_norm(residual, residual, weight, eps=0.1)[1]
+    kernel = functools.partial(add_norm_kernel.add_norm, eps=0.1, offset=0.0)
     original = jnp.sum
-    monkeypatch.setattr(kernel.jnp, "sum", lambda x: original(x) * (jax.lax.axis_index("wg") > 0))
-    assert error(interpret(call, residual, residual, weight)[1], want) > 0.02
+    monkeypatch.setattr(add_norm_kernel.jnp, "sum", lambda x: original(x) * (jax.lax.axis_index("wg") > 0))
+    assert error(interpret(kernel, residual, residual[None], weight)[1], want) > 0.02
 
 
 def test_what_has_a_kernel():
@@ -177,6 +177,7 @@ def test_what_has_a_kernel():
         assert not any(has_kernel((rows, 4096), shapes[1], "bfloat16") for rows in (1, 4, 12, 264))
         assert not has_kernel((64, 4000), (6144, 4000), "bfloat16")
         assert not has_kernel((64, 4096), (100, 4096), "bfloat16")
+        assert not has_kernel((64, 1024), (6144, 1024), "bfloat16", gated=True)  # small: left to XLA
         assert not has_kernel((2, 64, 4096), shapes[1], "bfloat16")
     for device, has in (
         ("NVIDIA H200", True),
@@ -223,8 +224,10 @@ def test_tuning_files_replace_the_heuristic(monkeypatch):
         configs._choose_config.cache_clear()
 
 
-def test_layers_use_the_kernels(interpret):
+def test_layers_use_the_kernels(interpret, monkeypatch):
     """A gated MLP between two norms: as in plain JAX, with kernels on a Hopper and none elsewhere."""
+    monkeypatch.setattr("jaxengine.pallas_kernels.skinny_matmul.api.MIN_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(add_norm_api, "MIN_COLUMNS", 0)
     config = ModelConfig.from_hf(
         {"architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1}
         | {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64}
@@ -286,7 +289,7 @@ def main() -> None:
             text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
             case = [num_rows, size_n, size_k, gated]
             print(json.dumps({"case": case, "calls": (text or "").count("custom-call(")}), flush=True)
-        for num_parts, dim in ((4, 4096), (1, 1024), (3, 2560), (2, 8192)):
+        for num_parts, dim in ((4, 4096), (1, 2048), (3, 2560), (2, 8192)):
             args = shape((64, dim), jnp.bfloat16), shape((num_parts, 64, dim), jnp.float32), shape((dim,), jnp.bfloat16)
             call = functools.partial(add_norm, eps=1e-5)
             text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
