@@ -13,18 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.registry import abstract_model
-from jaxengine.pallas_kernels.all_reduce import Workspace, has_kernel, make_workspace
-from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
+from jaxengine.runner.arrays import StepArrays
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
-from jaxengine.runner.input_batch import PackedLayout, RowLayout, SlotTable, order_rows, pack, prompt_targets
+from jaxengine.runner.input_batch import PackedLayout, SlotTable, order_rows, pack, prompt_targets
+from jaxengine.runner.lowering import lower
 from jaxengine.runner.memory import num_pages_that_fit
-from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
+from jaxengine.runner.placement import Placement, bytes_on_a_device
 from jaxengine.runner.programs import (
     CopyTokensKey,
     MaskKey,
@@ -39,11 +38,6 @@ from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
 from jaxengine.runner.steps import (
     FlatModel,
     ForwardOutputs,
-    copy_tokens,
-    make_forward,
-    make_prompt_logprobs,
-    make_sampler,
-    take_inputs,
 )
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import (
@@ -55,9 +49,8 @@ from jaxengine.sampling.sampler import (
     USES_STATE,
     LogitsProcessor,
     feature_set,
-    mask_logits,
 )
-from jaxengine.sampling.state import SamplingState, SlotValues, make_sampling_state, set_slot, slot_values
+from jaxengine.sampling.state import slot_values
 from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
 from jaxengine.sharding.distributed import is_multiprocess, least_of_all_processes
 
@@ -71,9 +64,6 @@ MAX_LOGITS_PROCESSORS = 31
 MAX_STRETCH = 4
 # What "lazy" compiles ahead: the first small bucket, and the decode of one request.
 LAZY_SHAPES = 2
-# On a GPU, decodes of up to so many sequences keep their outputs for the next step to overwrite: larger steps take
-# longer than the host does, and their logits much memory.
-HELD_SEQS = 64
 
 
 class ForwardStep(NamedTuple):
@@ -122,6 +112,7 @@ class ModelRunner:
         self._flat = FlatModel(model)
         self.mesh = mesh
         self._place = Placement(mesh)
+        self._arrays = StepArrays(config, self._place, is_stacked=self._is_stacked)
         self._leaf_places = self._place.parameters(self._flat.state)
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
@@ -169,70 +160,8 @@ class ModelRunner:
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
-        return self._lower(key).compile(self._compiler_options())
-
-    def _lower(self, key: ProgramKey) -> jax.stages.Lowered:
-        place, num_top = self._place, self.config.max_logprobs
-        leaves = list(map(abstract, self._flat.leaves, self._leaf_places))
-        state, last_token = self._abstract_state()
-        logits_place, hidden_place, outputs = place.columns(self._vocab_size), place.shards(), place.outputs()
-        shared: tuple[int, ...]  # arguments that all shards have in common
-        donated: tuple[int, ...]
-        out_shardings: Any  # what is carried must stay where it is
-        match key:
-            case Bucket():
-                layout = self._layouts[key]
-                sums_over_peers = self._sums_over_peers(key.num_tokens)
-                function = make_forward(self._flat, layout, sums_over_peers=sums_over_peers)
-                shared, donated = (0,), (1, 2, 4)
-                caches = jax.eval_shape(self._make_caches)
-                caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
-                args = leaves, caches, last_token, self._own((layout.size,)), self._abstract_held(key)
-                carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
-                out_shardings = *carried, ForwardOutputs._make((logits_place, hidden_place))
-            case SamplerKey(num_seqs, features, processors):
-                rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
-                function = make_sampler(rows, features=features, processors=processors, num_top=num_top)
-                logits = abstract(self._own((num_seqs, self._vocab_size), jnp.float32), logits_place)
-                args = (state if features == EVERY_FEATURE else None), last_token, logits, self._own((rows.size,))
-                logprobs = outputs if features == EVERY_FEATURE else None
-                out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), logprobs
-            case MaskKey(num_seqs):
-                function, shared, donated = mask_logits, (), (0,)
-                logits = abstract(self._own((num_seqs, self._vocab_size), jnp.float32), logits_place)
-                args, out_shardings = (logits, self._own((num_seqs, self._num_mask_words))), logits_place
-            case PromptLogprobsKey(num_tokens):
-                function, shared, donated = make_prompt_logprobs(self._flat, num_top), (0,), ()
-                hidden = self._own((num_tokens, self.model_config.hidden_size), self.config.dtype)
-                args = leaves, hidden, self._own((num_tokens,))
-                out_shardings = outputs
-            case CopyTokensKey():
-                function, shared, donated, args, out_shardings = copy_tokens, (), (), (last_token,), outputs
-            case TakeInputsKey(size):
-                function, shared, donated = take_inputs, (), (0,)
-                args, out_shardings = (self._own((size,)), self._own((size,))), place.shards()
-            case SetSlotKey():
-                function, shared, donated = _set_own_slot, (2,), (0,)
-                values = SlotValues(*(getattr(state, name) for name in SlotValues._fields))
-                values = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), values)
-                values = jax.tree.map(lambda x: abstract(x, place.replicated()), values)
-                args = state, self._own((1,)), values
-                out_shardings = jax.tree.map(lambda x: x.sharding, state)
-        function = place.of_every_shard(function, [i in shared for i in range(len(args))])
-        places = {} if place.mesh is None else {"out_shardings": out_shardings}
-        with place.context():
-            jitted = jax.jit(function, donate_argnums=donated, keep_unused=True, **places)
-            return jitted.lower(*args)
-
-    def _own(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
-        """What every shard has so much of, one part after the other."""
-        shape = (self._place.num_shards * shape[0], *shape[1:])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place.shards())
-
-    def _abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
-        state = jax.eval_shape(self._make_state)
-        state = jax.tree.map(abstract, state, self._place.sampling_state(state, self._vocab_size))
-        return state, self._own((self.config.scheduler.max_num_seqs,))
+        lowered = lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages)
+        return lowered.compile(self._compiler_options())
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
@@ -254,7 +183,7 @@ class ModelRunner:
         sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self._processors)
         used = [temporary_bytes(runner.compile_program(key)) for key in (self.buckets[-1], sampler)]
         runner.close()
-        held = [x for bucket in self.buckets for x in jax.tree.leaves(self._abstract_held(bucket))]
+        held = [x for bucket in self.buckets for x in jax.tree.leaves(self._arrays.abstract_held(bucket))]
         return self.weight_bytes() + sum(used) + sum(bytes_on_a_device(x, x.sharding) for x in held)
 
     def wait_until_warm(self) -> None:
@@ -365,16 +294,16 @@ class ModelRunner:
     def _mask(self, step: ForwardStep, masks: Sequence[TokenMasks]) -> ForwardStep:
         """Takes the tokens that grammars do not allow out of a step's logits, which are given up."""
         num_seqs, layout = step.bucket.num_seqs, self._layouts[step.bucket].rows
-        bitmask = np.full((len(masks), num_seqs, self._num_mask_words), -1, np.int32)
+        bitmask = np.full((len(masks), num_seqs, self._arrays.num_mask_words), -1, np.int32)
         rows = step.rows.copy()  # the device may still read the buffer
         parts = zip(bitmask, rows.reshape(len(masks), -1), step.orders, masks, strict=True)
         for own_bitmask, own_rows, order, own_masks in parts:
-            own_bitmask[: len(order)] = own_masks.bitmask[order, : self._num_mask_words]
+            own_bitmask[: len(order)] = own_masks.bitmask[order, : self._arrays.num_mask_words]
             # Where nothing is left but the end, min_tokens must not forbid it.
             features = layout.fields(own_rows)["features"][: len(order)]
             features[own_masks.is_complete[order]] &= ~MIN_TOKENS
         mask = self._compiler.get(MaskKey(num_seqs))
-        logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._num_mask_words)))
+        logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._arrays.num_mask_words)))
         return step._replace(rows=rows, outputs=step.outputs._replace(logits=logits))
 
     def _sample(self, step: ForwardStep, *, has_masks: bool) -> Logprobs | None:
@@ -406,17 +335,9 @@ class ModelRunner:
         self._held_inputs[size] = self._compiler.get(TakeInputsKey(size))(held, fresh)
         return self._held_inputs[size]
 
-    def _abstract_held(self, bucket: Bucket) -> ForwardOutputs | None:
-        """The outputs that a step of this shape overwrites; None for one that does not."""
-        if self.config.platform != "gpu" or not bucket.decode_only or bucket.num_seqs > HELD_SEQS:
-            return None
-        logits = self._own((bucket.num_seqs, self._vocab_size), jnp.float32)
-        hidden = self._own((bucket.num_tokens, self.model_config.hidden_size), self.config.dtype)
-        return ForwardOutputs(abstract(logits, self._place.columns(self._vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
-
     def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
         """The outputs of the last step of this shape, to be overwritten."""
-        held = self._held_outputs.get(bucket) or self._abstract_held(bucket)
+        held = self._held_outputs.get(bucket) or self._arrays.abstract_held(bucket)
         if held is not None and bucket not in self._held_outputs:
             held = jax.tree.map(lambda x: self._place.put(np.zeros(x.shape, x.dtype), x.sharding), held)
             self._held_outputs[bucket] = held
@@ -436,7 +357,7 @@ class ModelRunner:
         if self._slots[shard].take(sequence, seed, processors) & USES_STATE:
             set_slot_compiled = self._compiler.get(SetSlotKey())
             place = self._place
-            values = slot_values(request, self._vocab_size)
+            values = slot_values(request, self._arrays.vocab_size)
             values = jax.tree.map(lambda x: place.put(x, place.replicated()), values)
             slots = np.full(len(self._slots), self.config.scheduler.max_num_seqs, np.int32)  # out of range: none
             slots[shard] = sequence.slot
@@ -455,36 +376,6 @@ class ModelRunner:
 
     # Memory
 
-    @property
-    def _vocab_size(self) -> int:
-        return self.model_config.vocab_size
-
-    @property
-    def _num_mask_words(self) -> int:
-        return -(-self._vocab_size // 32)
-
-    def _sums_over_peers(self, num_tokens: int) -> bool:
-        """Whether the devices that share the model hand each other their parts of sums [T, D] in a kernel of ours."""
-        x = jax.ShapeDtypeStruct((num_tokens, self.model_config.hidden_size), self.config.dtype)
-        return self.config.all_reduce_backend != "reference" and has_kernel(x, self._place.size)
-
-    def _make_caches(self) -> list[KVCache | Workspace]:
-        """The layers' caches; then the workspace of sums over devices, if the smallest step has any."""
-        config, place = self.config, self._place
-        num_caches = 1 if self._is_stacked else config.model.num_layers
-        num_pages = place.num_shards * self.num_pages * config.model.num_layers // num_caches
-        where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
-        caches: list[KVCache | Workspace] = [
-            make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(num_caches)
-        ]
-        sharding = place.heads()
-        if sharding is not None and self._sums_over_peers(1):
-            caches.append(make_workspace(place.size, self.model_config.hidden_size, config.dtype, sharding))
-        return caches
-
-    def _make_state(self) -> SamplingState:
-        return make_sampling_state(self._place.num_shards * self.config.scheduler.max_num_seqs, self._vocab_size)
-
     def _put(self, leaves: Iterable[Any]) -> list[jax.Array]:
         """Puts weights where they belong; those that are there stay."""
         if self._place.mesh is None:
@@ -493,10 +384,12 @@ class ModelRunner:
 
     def _allocate(self) -> None:
         # All of it there before a step runs anywhere: peers write into the workspace.
-        self._caches = jax.block_until_ready(self._make_caches())
-        state, last_token = self._abstract_state()
+        self._caches = jax.block_until_ready(self._arrays.make_caches(self.num_pages))
+        state, last_token = self._arrays.abstract_state()
         places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self._place.mesh is not None else None
-        make = jax.jit(lambda: (self._make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places)
+        make = jax.jit(
+            lambda: (self._arrays.make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places
+        )
         self._state, self._last_token = make()
 
     def sleep(self, level: int) -> None:
@@ -534,8 +427,3 @@ class ModelRunner:
         self._compiler.close()
         if self._leaves is not None:
             self.sleep(2)
-
-
-def _set_own_slot(state: SamplingState, slots: jax.Array, values: SlotValues) -> SamplingState:
-    """`set_slot` with a shard's own slot, i32[1]."""
-    return set_slot(state, slots[0], values)

@@ -1,0 +1,79 @@
+"""The arrays beside the weights that a step reads, carries and returns: shapes, dtypes, and where they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxengine.config import EngineConfig
+from jaxengine.pallas_kernels.all_reduce import Workspace, has_kernel, make_workspace
+from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
+from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.placement import Placement, abstract
+from jaxengine.runner.steps import ForwardOutputs
+from jaxengine.sampling.state import SamplingState, make_sampling_state
+
+# On a GPU, decodes of up to so many sequences keep their outputs for the next step to overwrite: larger steps take
+# longer than the host does, and their logits much memory.
+HELD_SEQS = 64
+
+
+class StepArrays:
+    """Makes them, or tells what they will be.
+
+    Attributes:
+        place: Where everything is.
+        vocab_size: V.
+        num_mask_words: 32-bit words of a row of a grammar's mask.
+    """
+
+    def __init__(self, config: EngineConfig, place: Placement, *, is_stacked: bool):
+        """Takes what decides them; with `is_stacked` one cache holds the pages of all layers."""
+        self.config, self.place = config, place
+        self.vocab_size = config.model.vocab_size
+        self.num_mask_words = -(-self.vocab_size // 32)
+        self._num_caches = 1 if is_stacked else config.model.num_layers
+
+    def own(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+        """What every shard has so much of, one part after the other."""
+        shape = (self.place.num_shards * shape[0], *shape[1:])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place.shards())
+
+    def abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
+        """The sampling state, and the token sampled last in each slot."""
+        state = jax.eval_shape(self.make_state)
+        state = jax.tree.map(abstract, state, self.place.sampling_state(state, self.vocab_size))
+        return state, self.own((self.config.scheduler.max_num_seqs,))
+
+    def abstract_held(self, bucket: Bucket) -> ForwardOutputs | None:
+        """The outputs that a step of this shape overwrites; None for one that does not."""
+        if self.config.platform != "gpu" or not bucket.decode_only or bucket.num_seqs > HELD_SEQS:
+            return None
+        logits = self.own((bucket.num_seqs, self.vocab_size), jnp.float32)
+        hidden = self.own((bucket.num_tokens, self.config.model.hidden_size), self.config.dtype)
+        return ForwardOutputs(abstract(logits, self.place.columns(self.vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
+
+    def sums_over_peers(self, num_tokens: int) -> bool:
+        """Whether the devices that share the model hand each other their parts of sums [T, D] in a kernel of ours."""
+        x = jax.ShapeDtypeStruct((num_tokens, self.config.model.hidden_size), self.config.dtype)
+        return self.config.all_reduce_backend != "reference" and has_kernel(x, self.place.size)
+
+    def make_caches(self, num_pages: int) -> list[KVCache | Workspace]:
+        """The layers' caches of so many pages a shard; then the workspace of sums over devices, if a step has any."""
+        config, place = self.config, self.place
+        num_pages = place.num_shards * num_pages * config.model.num_layers // self._num_caches
+        where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
+        caches: list[KVCache | Workspace] = [
+            make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(self._num_caches)
+        ]
+        sharding = place.heads()
+        if sharding is not None and self.sums_over_peers(1):
+            caches.append(make_workspace(place.size, self.config.model.hidden_size, config.dtype, sharding))
+        return caches
+
+    def make_state(self) -> SamplingState:
+        """The sampling state of all slots, empty."""
+        return make_sampling_state(self.place.num_shards * self.config.scheduler.max_num_seqs, self.vocab_size)

@@ -1,0 +1,111 @@
+"""Lowers the programs of steps for the shapes and places of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxengine.runner.arrays import StepArrays
+from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.input_batch import PackedLayout, RowLayout
+from jaxengine.runner.placement import abstract
+from jaxengine.runner.programs import (
+    CopyTokensKey,
+    MaskKey,
+    ProgramKey,
+    PromptLogprobsKey,
+    SamplerKey,
+    SetSlotKey,
+    TakeInputsKey,
+)
+from jaxengine.runner.steps import (
+    FlatModel,
+    ForwardOutputs,
+    copy_tokens,
+    make_forward,
+    make_prompt_logprobs,
+    make_sampler,
+    take_inputs,
+)
+from jaxengine.sampling.sampler import EVERY_FEATURE, mask_logits
+from jaxengine.sampling.state import SamplingState, SlotValues, set_slot
+
+
+def lower(
+    key: ProgramKey,
+    model: FlatModel,
+    leaf_places: Sequence[NamedSharding | None],
+    layouts: Mapping[Bucket, PackedLayout],
+    arrays: StepArrays,
+    num_pages: int,
+) -> jax.stages.Lowered:
+    """Lowers a program.
+
+    Args:
+        key: Which.
+        model: The model; its leaves may be abstract.
+        leaf_places: Where its leaves are.
+        layouts: Of the steps' inputs.
+        arrays: What a step needs beside the weights.
+        num_pages: Pages of the cache of a shard.
+    """
+    place, num_top, vocab_size = arrays.place, arrays.config.max_logprobs, arrays.vocab_size
+    leaves = list(map(abstract, model.leaves, leaf_places))
+    state, last_token = arrays.abstract_state()
+    logits_place, hidden_place, outputs = place.columns(vocab_size), place.shards(), place.outputs()
+    shared: tuple[int, ...]  # arguments that all shards have in common
+    donated: tuple[int, ...]
+    out_shardings: Any  # what is carried must stay where it is
+    match key:
+        case Bucket():
+            layout = layouts[key]
+            sums_over_peers = arrays.sums_over_peers(key.num_tokens)
+            function = make_forward(model, layout, sums_over_peers=sums_over_peers)
+            shared, donated = (0,), (1, 2, 4)
+            caches = jax.eval_shape(lambda: arrays.make_caches(num_pages))
+            caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
+            args = leaves, caches, last_token, arrays.own((layout.size,)), arrays.abstract_held(key)
+            carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
+            out_shardings = *carried, ForwardOutputs._make((logits_place, hidden_place))
+        case SamplerKey(num_seqs, features, processors):
+            rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
+            function = make_sampler(rows, features=features, processors=processors, num_top=num_top)
+            logits = abstract(arrays.own((num_seqs, vocab_size), jnp.float32), logits_place)
+            args = (state if features == EVERY_FEATURE else None), last_token, logits, arrays.own((rows.size,))
+            logprobs = outputs if features == EVERY_FEATURE else None
+            out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), logprobs
+        case MaskKey(num_seqs):
+            function, shared, donated = mask_logits, (), (0,)
+            logits = abstract(arrays.own((num_seqs, vocab_size), jnp.float32), logits_place)
+            args, out_shardings = (logits, arrays.own((num_seqs, arrays.num_mask_words))), logits_place
+        case PromptLogprobsKey(num_tokens):
+            function, shared, donated = make_prompt_logprobs(model, num_top), (0,), ()
+            hidden = arrays.own((num_tokens, arrays.config.model.hidden_size), arrays.config.dtype)
+            args = leaves, hidden, arrays.own((num_tokens,))
+            out_shardings = outputs
+        case CopyTokensKey():
+            function, shared, donated, args, out_shardings = copy_tokens, (), (), (last_token,), outputs
+        case TakeInputsKey(size):
+            function, shared, donated = take_inputs, (), (0,)
+            args, out_shardings = (arrays.own((size,)), arrays.own((size,))), place.shards()
+        case SetSlotKey():
+            function, shared, donated = _set_own_slot, (2,), (0,)
+            values = SlotValues(*(getattr(state, name) for name in SlotValues._fields))
+            values = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), values)
+            values = jax.tree.map(lambda x: abstract(x, place.replicated()), values)
+            args = state, arrays.own((1,)), values
+            out_shardings = jax.tree.map(lambda x: x.sharding, state)
+    function = place.of_every_shard(function, [i in shared for i in range(len(args))])
+    places = {} if place.mesh is None else {"out_shardings": out_shardings}
+    with place.context():
+        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True, **places)
+        return jitted.lower(*args)
+
+
+def _set_own_slot(state: SamplingState, slots: jax.Array, values: SlotValues) -> SamplingState:
+    """`set_slot` with a shard's own slot, i32[1]."""
+    return set_slot(state, slots[0], values)
