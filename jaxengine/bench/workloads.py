@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,3 @@ def _conversation(entry: Any, tokenizer: Any) -> tuple[list[int], int] | None:
         return None
     prompt, answer = (turns[i]["value"] for i in (0, 1))
     return tokenizer.encode(prompt), len(tokenizer.encode(answer, add_special_tokens=False))
-
-
-def model_configs() -> dict[str, Path]:
-    """Models that can be measured without their weights (`load_format="dummy"`): name -> `config.json`-like file."""
-    folder = files("jaxengine.bench") / "configs"
-    return {Path(str(entry)).stem: Path(str(entry)) for entry in sorted(folder.iterdir(), key=str)}

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_plan(args: argparse.Namespace, devices, chip, status: Status) -> Plan:
-    from jaxengine.bench.workloads import model_configs
     from jaxengine.engine_args import EngineArgs
+    from jaxengine.loading.config_checkpoint import model_configs
     from jaxengine.loading.resolve import resolve_model
     from jaxengine.plan.planner import PLACEHOLDER_PAGES, make_plan
 

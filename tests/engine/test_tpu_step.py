@@ -6,14 +6,13 @@ Run as a script, this file compiles (see `main`): libtpu reads its settings befo
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxengine.bench import workloads
+from jaxengine.loading.config_checkpoint import model_configs
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes
@@ -21,7 +20,7 @@ from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout
 from jaxengine.runner.steps import FlatModel, make_forward
 
-CONFIG = Path(workloads.__file__).parent / "configs" / "llama-3.2-1b.json"
+CONFIG = model_configs()["llama-3.2-1b"]
 BUCKETS = (Bucket(16, 16, decode_only=True), Bucket(256, 16))  # decodes; and with chunks of prompts
 PAGE_SIZE, NUM_PAGES, TABLE_WIDTH = 16, 4096, 128
 

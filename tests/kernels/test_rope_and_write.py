@@ -73,6 +73,7 @@ def test_what_has_a_kernel():
     assert not has(implementation="reference")
     assert not has(rotary_dim=64)
     assert not has(head_dim=64, rotary_dim=64)
-    assert not has(num_tokens=64)
+    assert has(num_tokens=128)
+    assert not has(num_tokens=160)
     assert not has(dtype="float8_e4m3fn")
     assert not has(is_planned=False)

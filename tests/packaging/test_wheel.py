@@ -33,7 +33,12 @@ def source_files() -> set[str]:
 
 
 def test_source_files_are_found_behind_links():
-    for name in ("models/llama.py", "sharding/axes.py", "pallas_kernels/__init__.py", "bench/configs/qwen3-0.6b.json"):
+    for name in (
+        "models/llama.py",
+        "sharding/axes.py",
+        "pallas_kernels/__init__.py",
+        "loading/configs/qwen3-0.6b.json",
+    ):
         assert f"jaxengine/{name}" in source_files()
 
 

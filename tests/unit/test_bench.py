@@ -14,9 +14,10 @@ from jaxengine.bench import throughput
 from jaxengine.bench.presets import CpuRow, GpuRow, cpu_preset, gpu_preset
 from jaxengine.bench.startup import measure_startup
 from jaxengine.bench.throughput import percentiles
-from jaxengine.bench.workloads import mixed, model_configs, sharegpt, uniform
+from jaxengine.bench.workloads import mixed, sharegpt, uniform
 from jaxengine.cli import bench, bench_gpu
 from jaxengine.cli.main import main, parse_args
+from jaxengine.loading.config_checkpoint import model_configs
 
 SMALL = ["--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--max-model-len", "64", "--quiet"]
 
