@@ -14,7 +14,7 @@ from jaxengine.bench.presets import CPU_SOURCE, CpuRow, cpu_preset
 from jaxengine.bench.workloads import DEFAULT_VOCAB, Workload, mixed, sharegpt, uniform
 from jaxengine.cli.common import Status, add_common_flags, make_llm
 from jaxengine.cli.engine_flags import add_engine_flags, engine_kwargs
-from jaxengine.loading.config_checkpoint import model_configs
+from jaxengine.loading.shapes import model_configs
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_plan(args: argparse.Namespace, devices, chip, status: Status) -> Plan:
     from jaxengine.engine_args import EngineArgs
-    from jaxengine.loading.config_checkpoint import model_configs
     from jaxengine.loading.resolve import resolve_model
+    from jaxengine.loading.shapes import model_configs
     from jaxengine.plan.planner import PLACEHOLDER_PAGES, make_plan
 
     given = {"max_model_len": DEFAULT_MAX_MODEL_LEN, "max_num_seqs": 64, **engine_kwargs(args)}

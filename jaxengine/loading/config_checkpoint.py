@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +55,3 @@ class ConfigCheckpoint:
         if self.path.is_dir() and any((self.path / name).is_file() for name in _TOKENIZER_FILES):
             return auto_tokenizer().from_pretrained(str(self.path), local_files_only=True)
         raise ValueError(f"{self.path} has no tokenizer: set skip_tokenizer_init=True, or name a tokenizer")
-
-
-def model_configs() -> dict[str, Path]:
-    """Shapes of models that come along, for dummy weights (`load_format="dummy"`): name -> `config.json`-like file."""
-    folder = files("jaxengine.loading") / "configs"
-    return {Path(str(entry)).stem: Path(str(entry)) for entry in sorted(folder.iterdir(), key=str)}

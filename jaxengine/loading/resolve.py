@@ -33,10 +33,12 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
         return _open_gguf(_embedded_file())
     path = Path(model).expanduser()
     if load_format == "dummy":
-        from jaxengine.loading.config_checkpoint import ConfigCheckpoint, model_configs
+        from jaxengine.loading.shapes import model_configs
 
         shape = model_configs().get(str(model), path)
         if (shape / "config.json").is_file() or (shape.is_file() and shape.suffix == ".json"):
+            from jaxengine.loading.config_checkpoint import ConfigCheckpoint
+
             return ConfigCheckpoint(shape)
     if path.is_dir():
         return _open_folder(path)

@@ -35,10 +35,7 @@ from jaxengine.runner.programs import (
     temporary_bytes,
 )
 from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
-from jaxengine.runner.steps import (
-    FlatModel,
-    ForwardOutputs,
-)
+from jaxengine.runner.steps import FlatModel, ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import (
     EVERY_FEATURE,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxengine.loading.config_checkpoint import model_configs
+from jaxengine.loading.shapes import model_configs
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes

@@ -17,7 +17,7 @@ from jaxengine.bench.throughput import percentiles
 from jaxengine.bench.workloads import mixed, sharegpt, uniform
 from jaxengine.cli import bench, bench_gpu
 from jaxengine.cli.main import main, parse_args
-from jaxengine.loading.config_checkpoint import model_configs
+from jaxengine.loading.shapes import model_configs
 
 SMALL = ["--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--max-model-len", "64", "--quiet"]
 
