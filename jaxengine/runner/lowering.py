@@ -14,22 +14,18 @@ from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.runner.placement import abstract
 from jaxengine.runner.programs import (
-    CopyTokensKey,
     MaskKey,
     ProgramKey,
     PromptLogprobsKey,
     SamplerKey,
     SetSlotKey,
-    TakeInputsKey,
 )
 from jaxengine.runner.steps import (
     FlatModel,
     ForwardOutputs,
-    copy_tokens,
     make_forward,
     make_prompt_logprobs,
     make_sampler,
-    take_inputs,
 )
 from jaxengine.sampling.sampler import EVERY_FEATURE, mask_logits
 from jaxengine.sampling.state import SamplingState, SlotValues, set_slot
@@ -70,14 +66,14 @@ def lower(
             caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
             args = leaves, caches, last_token, arrays.own((layout.size,)), arrays.abstract_held(key)
             carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
-            out_shardings = *carried, ForwardOutputs._make((logits_place, hidden_place))
+            out_shardings = *carried, outputs, ForwardOutputs._make((logits_place, hidden_place))
         case SamplerKey(num_seqs, features, processors):
             rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
             function = make_sampler(rows, features=features, processors=processors, num_top=num_top)
             logits = abstract(arrays.own((num_seqs, vocab_size), jnp.float32), logits_place)
             args = (state if features == EVERY_FEATURE else None), last_token, logits, arrays.own((rows.size,))
             logprobs = outputs if features == EVERY_FEATURE else None
-            out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), logprobs
+            out_shardings = *jax.tree.map(lambda x: x.sharding, args[:2]), outputs, logprobs
         case MaskKey(num_seqs):
             function, shared, donated = mask_logits, (), (0,)
             logits = abstract(arrays.own((num_seqs, vocab_size), jnp.float32), logits_place)
@@ -87,11 +83,6 @@ def lower(
             hidden = arrays.own((num_tokens, arrays.config.model.hidden_size), arrays.config.dtype)
             args = leaves, hidden, arrays.own((num_tokens,))
             out_shardings = outputs
-        case CopyTokensKey():
-            function, shared, donated, args, out_shardings = copy_tokens, (), (), (last_token,), outputs
-        case TakeInputsKey(size):
-            function, shared, donated = take_inputs, (), (0,)
-            args, out_shardings = (arrays.own((size,)), arrays.own((size,))), place.shards()
         case SetSlotKey():
             function, shared, donated = _set_own_slot, (2,), (0,)
             values = SlotValues(*(getattr(state, name) for name in SlotValues._fields))

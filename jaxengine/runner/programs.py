@@ -38,20 +38,8 @@ class SetSlotKey:
     """What initialises a row of the sampler's state."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CopyTokensKey:
-    """What copies the sampled tokens for the host."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TakeInputsKey:
-    """What copies the inputs of steps of one shape, so many numbers, to where they read them."""
-
-    size: int
-
-
 # Buckets stand for the model's part of a step.
-ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey | CopyTokensKey | TakeInputsKey
+ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -32,7 +32,7 @@ class StepOutputs(NamedTuple):
     """What a step returns to the host, of all shards, one after the other.
 
     Attributes:
-        tokens: i32[R], the token sampled last in each slot.
+        tokens: i32[S], by row; of no meaning where a row does not sample.
         logprobs: of the sampled tokens, if a request asks for any.
         prompt_logprobs: of the prompts' tokens, one row a token, if a request asks for any.
     """
@@ -86,7 +86,7 @@ class StepHandle:
 
 def _shard_result(outputs: StepOutputs, order: list[int], batch: ScheduledBatch) -> ShardResult:
     inverse = np.argsort(order)
-    by_sequence = outputs.tokens[[sequence.slot for sequence in batch.sequences]].tolist()
+    by_sequence = outputs.tokens[inverse].tolist()
     sampled = [
         [token] if sequence.samples else [] for token, sequence in zip(by_sequence, batch.sequences, strict=True)
     ]

@@ -1,8 +1,7 @@
 """The jitted parts of a step: the model up to its most likely tokens, the sampler, log probabilities of prompts.
 
-A step of greedy requests is one call, and a small one that copies its tokens. The other parts are programs of their
-own, so that the model is compiled once a bucket and not once a way of sampling, and nothing in a step depends on a
-condition that the device must tell the host.
+A step of greedy requests is one call. The other parts are programs of their own, so that the model is compiled once a
+bucket and not once a way of sampling, and nothing in a step depends on a condition that the device must tell the host.
 """
 
 from collections.abc import Sequence
@@ -52,9 +51,10 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         sums_over_peers: Whether the devices that share the model add up through the `Workspace` at the end of `caches`.
 
     Returns:
-        forward(leaves, caches, last_token, packed, held) -> (caches, last_token, ForwardOutputs); caches, last_token,
-        i32[R], and held are to be donated. The most likely tokens are noted in last_token. `held` is None, or outputs
-        that nobody needs any more, whose memory the new ones take: see `take_inputs`.
+        forward(leaves, caches, last_token, packed, held) -> (caches, last_token, tokens, ForwardOutputs); caches,
+        last_token, i32[R], and held are to be donated. The most likely tokens, i32[S], are noted in last_token too.
+        `held` is None, or outputs that nobody needs any more, whose memory the new ones take: see
+        `memory.keep_small_places`.
     """
 
     def forward(leaves, caches, last_token: jax.Array, packed: jax.Array, held: ForwardOutputs | None = None):
@@ -72,7 +72,8 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         hidden, layers = lm(token_ids, inputs.positions, layers, inputs.meta, *refs)  # [T, D]
         caches = [*layers, *(jax.tree.map(jax.freeze, refs) if refs else kept)]
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
-        return caches, record_last(greedy(logits), inputs.rows, last_token), ForwardOutputs(logits, hidden)
+        tokens = greedy(logits)
+        return caches, record_last(tokens, inputs.rows, last_token), tokens, ForwardOutputs(logits, hidden)
 
     return forward
 
@@ -85,38 +86,16 @@ def make_sampler(layout: RowLayout, *, features: int, processors: Sequence[Logit
         num_top: Most likely tokens returned with log probabilities.
 
     Returns:
-        sampler(state, last_token, logits, packed) -> (state, last_token, logprobs), see `sample`; state and
+        sampler(state, last_token, logits, packed) -> (state, last_token, tokens, logprobs), see `sample`; state and
         last_token are to be donated. `packed` is the rows' part of the step's buffer.
     """
 
     def sampler(state: SamplingState | None, last_token: jax.Array, logits: jax.Array, packed: jax.Array):
         rows = layout.unpack(packed)
         options: dict[str, Any] = {"features": features, "processors": processors, "num_top": num_top}
-        state, last_token, _, logprobs = sample(logits, rows, state, last_token, **options)
-        return state, last_token, logprobs
+        return sample(logits, rows, state, last_token, **options)
 
     return sampler
-
-
-def copy_tokens(last_token: jax.Array) -> jax.Array:
-    """The token sampled last in each slot, in an array that the next step leaves alone.
-
-    A program of its own: see `take_inputs`.
-    """
-    return jnp.copy(last_token)
-
-
-def take_inputs(held: jax.Array, packed: jax.Array) -> jax.Array:
-    """Copies a step's inputs into the donated buffer that all steps of its shape read them from.
-
-    For GPUs, where a step is a CUDA graph with the addresses of its arrays in it. If one of them is elsewhere than in
-    the step before, XLA writes the graph anew: 0.5 to 1.3 ms on the host for Qwen3-0.6B's step, and 10 us for each
-    kernel that is not XLA's own (H100, jax 0.11.2, 2026-11-25). What comes from the host and goes there has a new place
-    each time, since two steps are under way; so programs of one copy stand before and after the step. Outputs that stay
-    on the device take the place of those of the step before.
-    """
-    del held
-    return jnp.copy(packed)
 
 
 def make_prompt_logprobs(model: FlatModel, num_top: int):
