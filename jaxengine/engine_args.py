@@ -75,7 +75,7 @@ class EngineArgs:
     seed: int = 0
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
-    disable_custom_all_reduce: bool = True
+    disable_custom_all_reduce: bool = False
     distributed_executor_backend: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None

@@ -317,7 +317,7 @@ class ModelRunner:
         """The outputs of the last step of this shape, to be overwritten."""
         held = self._held_outputs.get(bucket) or self._arrays.abstract_held(bucket)
         if held is not None and bucket not in self._held_outputs:
-            held = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), held)
+            held = jax.tree.map(lambda x: self._place.array(np.zeros(x.shape, x.dtype), x.sharding), held)
             self._held_outputs[bucket] = held
         return held
 
@@ -370,9 +370,8 @@ class ModelRunner:
         )
         self._state, self._last_token = make()
         if self.config.platform == "gpu":
-            everywhere = self._place.replicated()
             largest = max(layout.size for layout in self._layouts.values()) * np.dtype(np.int32).itemsize
-            self._walls = keep_small_places(lambda x: jax.device_put(self._place.put(x, everywhere)), largest)
+            self._walls = keep_small_places(lambda x: self._place.array(x, self._place.replicated()), largest)
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""

@@ -200,11 +200,11 @@ def test_nothing_is_said_where_there_is_no_choice(caplog):
 @pytest.mark.parametrize(
     ("options", "platform", "backend"),
     [
-        ({"disable_custom_all_reduce": False}, "gpu", "mosaic_gpu"),
-        ({}, "gpu", "reference"),
-        ({"disable_custom_all_reduce": False}, "tpu", "reference"),
-        ({"disable_custom_all_reduce": False, "tensor_parallel_size": 1}, "gpu", "reference"),
-        ({"disable_custom_all_reduce": False, "data_parallel_size": 2}, "gpu", "reference"),
+        ({}, "gpu", "mosaic_gpu"),
+        ({"disable_custom_all_reduce": True}, "gpu", "reference"),
+        ({}, "tpu", "reference"),
+        ({"tensor_parallel_size": 1}, "gpu", "reference"),
+        ({"data_parallel_size": 2}, "gpu", "reference"),
     ],
 )
 def test_what_a_planned_engine_uses(options, platform, backend, caplog):
