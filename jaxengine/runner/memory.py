@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,36 @@ def reserve_device_memory(gpu_memory_utilization: float) -> None:
 
 
 def device_bytes_in_use() -> int:
-    """What arrays take on the first device; 0 where the device does not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+    """What arrays take on the first device; 0 where the device does not tell.
+
+    Raises:
+        ValueError: JAX could not take its share of that device's memory.
+    """
+    jnp.zeros(()).block_until_ready()  # JAX takes its share when the first array is made
+    stats = jax.local_devices()[0].memory_stats() or {}
+    check_pool(stats)
+    return stats.get("bytes_in_use", 0)
+
+
+def check_pool(stats: Mapping[str, int]) -> None:
+    """Raises ValueError if JAX has got less of a device's memory than it may use: others hold it.
+
+    JAX itself goes on with less, and would fail in the middle of a run.
+
+    Args:
+        stats: Of a device that has an array. `pool_bytes` is what JAX has got of `bytes_limit`.
+    """
+    limit, pool = stats.get("bytes_limit", 0), stats.get("pool_bytes")
+    takes_all = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
+    if not takes_all or pool is None or pool >= limit * (1 - MARGIN):
+        return
+    share = float(os.environ.get(FRACTION, JAX_FRACTION))
+    raise ValueError(
+        f"of the {limit / 2**30:.1f} GiB that gpu_memory_utilization={share:.2f} stands for, only "
+        f"{pool / 2**30:.1f} GiB are free: another process holds the rest (nvidia-smi shows it). Stop it, choose "
+        f"another device with CUDA_VISIBLE_DEVICES, or set gpu_memory_utilization to "
+        f"{max(math.floor(100 * share * pool / limit) / 100, 0):.2f}"
+    )
 
 
 def keep_small_places(put: Callable[[np.ndarray], jax.Array], largest: int) -> list[jax.Array]:

@@ -72,10 +72,16 @@ class Body(BaseModel):
                 kept[name] = value
             elif name in UNSUPPORTED:
                 if value not in UNSUPPORTED[name]:
-                    raise APIError(400, f"{name} is not supported by this server", param=name, code="unsupported_field")
+                    raise APIError(400, cls._why_not(name), param=name, code="unsupported_field")
             elif name not in IGNORED:
                 kept[name] = value
         return kept
+
+    @classmethod
+    def _why_not(cls, name: str) -> str:
+        if name == "prompt" and "messages" in cls.model_fields:
+            return "prompt: this endpoint takes messages; /v1/completions takes a prompt"
+        return f"{name} is not supported by this server"
 
 
 class Inner(BaseModel):

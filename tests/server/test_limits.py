@@ -45,6 +45,7 @@ LONG = {"prompt": "x", "max_tokens": 900, "temperature": 20.0, "ignore_eos": Tru
         ("completions", {"prompt": "x" * 1000}, None, "max_model_len=1000"),
         ("completions", {}, "prompt", "required"),
         ("completions", [], None, "JSON object"),
+        ("chat/completions", {"prompt": "x"}, "prompt", "takes messages"),
         ("chat/completions", {"messages": []}, "messages", "at least one"),
         ("chat/completions", {"messages": [{"role": "pope", "content": "x"}]}, "messages", "role"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),

@@ -1,8 +1,9 @@
-"""Places for small arrays, against a model of JAX's allocator."""
+"""What is made of a GPU's memory, without one: places for small arrays, and memory that others hold."""
 
 import numpy as np
+import pytest
 
-from jaxengine.runner.memory import keep_small_places
+from jaxengine.runner.memory import FRACTION, check_pool, keep_small_places
 
 
 class Arena:
@@ -60,3 +61,15 @@ def test_small_arrays_do_not_shift_temporaries():
         if id(x) not in kept:
             arena.give(places[id(x)])
     assert len(run_steps(arena)) == 1
+
+
+def test_memory_that_others_hold_is_told_of(monkeypatch):
+    monkeypatch.setenv(FRACTION, "0.9")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    check_pool({})  # a device that does not tell
+    check_pool({"bytes_limit": 72 * 2**30, "pool_bytes": 71 * 2**30})
+    taken = {"bytes_limit": 72 * 2**30, "pool_bytes": 8 * 2**30}
+    with pytest.raises(ValueError, match=r"72\.0 GiB that gpu_memory_utilization=0\.90 .* only 8\.0 GiB .* to 0\.10$"):
+        check_pool(taken)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # takes what it needs, when it needs it
+    check_pool(taken)

@@ -142,6 +142,12 @@ def test_the_default_models_name():
     assert resolve.DEFAULT_MODEL == "smollm2-135m-instruct"
 
 
+def test_a_mistyped_shape_is_told_the_others(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=errors.OfflineModeIsEnabled("offline")))
+    with pytest.raises(ValueError, match=r"'qwen3-0\.7b' is no folder .*; shapes that come along .*qwen3-0\.6b"):
+        resolve_model("qwen3-0.7b", load_format="dummy")
+
+
 def test_shapes_that_come_along_need_no_weights():
     checkpoint = resolve_model("qwen3-0.6b", load_format="dummy")
     assert checkpoint.config["num_hidden_layers"] == 28
