@@ -77,6 +77,7 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
+    @functools.partial(jax.jit, static_argnames="in_parts")
     def __call__(
         self,
         x: jax.Array,

@@ -53,6 +53,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
+    @functools.partial(jax.jit, static_argnames="in_parts")
     def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
         """Applies the layer to `[T, D]`; see `Linear` for the rest."""
         weight = self.gate_up_proj.weight
@@ -76,6 +77,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
+    @functools.partial(jax.jit, static_argnames="in_parts")
     def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
         """Applies the layer to `[T, D]`; see `Linear` for the rest."""
         return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype), sums, in_parts=in_parts)
