@@ -14,8 +14,8 @@ ROWS = 64  # of a wgmma
 MIN_ROWS = 8  # fewer are products with vectors, which XLA fuses with what is before and after them
 MAX_ROWS = 256
 # Smaller weights are left to XLA, though the kernel alone takes a quarter less time: a step of a model of theirs is
-# bound by the host, where XLA (jaxlib 0.11.2) spends 5 to 10 us on each call of a kernel that is not its own when it
-# writes a step's CUDA graph anew. Qwen3-0.6B, 16 sequences, H100: 2.78 ms a step instead of 1.97, 2026-11-25.
+# bound by the host, where XLA (jaxlib 0.11.2) spends some 3 us more on each call of a kernel that is not its own.
+# Qwen3-0.6B, 16 sequences, H200: 1.71 ms a step instead of 1.67, 1.67 instead of 1.08 of them on the host, 2026-11-26.
 MIN_WEIGHT_BYTES = 2**24
 SMEM_BYTES = 232_448 - 2048  # of a block on Hopper, less what barriers take
 REGISTERS = 65_536  # of a multiprocessor
