@@ -25,11 +25,29 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all workers of a session."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bytecode_cache(session_folder: Path) -> Iterator[None]:
+    """Processes that tests start compile Python's files once, even where nothing is to be written beside them.
+
+    JAX, transformers and what they import take a process 5 s to compile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(session_folder / "bytecode"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(session_folder: Path) -> Iterator[Path]:
     """Every engine of the session, of its other workers and of the processes it starts compiles a step only once."""
-    session = tmp_path_factory.getbasetemp()
-    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "compilation-cache"
+    folder = session_folder / "compilation-cache"
     folder.mkdir(exist_ok=True)
     settings = {
         "jax_compilation_cache_dir": str(folder),
