@@ -7,6 +7,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -173,7 +174,8 @@ class ModelRunner:
         config = dataclasses.replace(self.config, model=model, num_pages=16, warmup="none")
         runner = ModelRunner(abstract_model(model, config.dtype, config.weight_dtype), config, self.mesh)
         sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self._processors)
-        used = [temporary_bytes(runner.compile_program(key)) for key in (self.buckets[-1], sampler)]
+        with ThreadPoolExecutor() as pool:
+            used = list(map(temporary_bytes, pool.map(runner.compile_program, (self.buckets[-1], sampler))))
         runner.close()
         held = [x for bucket in self.buckets for x in jax.tree.leaves(self._arrays.abstract_held(bucket))]
         return self.weight_bytes() + sum(used) + sum(bytes_on_a_device(x, x.sharding) for x in held)
