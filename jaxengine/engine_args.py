@@ -223,13 +223,11 @@ class EngineArgs:
         """How the devices of a mesh, or of a planned one, add up what they share."""
         from jaxengine.pallas_kernels.all_reduce import choose_implementation
 
-        if self.disable_custom_all_reduce or self.tensor_parallel_size == 1:
+        if self.disable_custom_all_reduce or self.tensor_parallel_size == 1 or platform != "gpu":
             return "reference"
         if self.data_parallel_size > 1:
             logger.warning(
                 "data_parallel_size=%d: sums over devices run through XLA's collectives", self.data_parallel_size
             )
             return "reference"
-        if devices is None:
-            return "mosaic_gpu" if platform == "gpu" else "reference"
-        return choose_implementation(devices)
+        return "mosaic_gpu" if devices is None else choose_implementation(devices)
