@@ -56,16 +56,11 @@ def compilation_cache(session_folder: Path) -> Iterator[Path]:
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: os.environ.get(name.upper()) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield folder
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name.upper()]
-        else:
-            os.environ[name.upper()] = value
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

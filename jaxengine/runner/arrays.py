@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxengine.config import EngineConfig
@@ -44,7 +45,7 @@ class StepArrays:
 
     def abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
         """The sampling state, and the token sampled last in each slot."""
-        state = jax.eval_shape(self.make_state)
+        state = jax.eval_shape(self._empty_slots)
         state = jax.tree.map(abstract, state, self.place.sampling_state(state, self.vocab_size))
         return state, self.own((self.config.scheduler.max_num_seqs,))
 
@@ -74,6 +75,17 @@ class StepArrays:
             caches.append(make_workspace(place.size, self.config.model.hidden_size, config.dtype, sharding))
         return caches
 
-    def make_state(self) -> SamplingState:
-        """The sampling state of all slots, empty."""
+    def make_held(self, bucket: Bucket) -> ForwardOutputs | None:
+        """What `abstract_held` tells of, for the first step of that shape."""
+        held = self.abstract_held(bucket)
+        return jax.tree.map(lambda x: self.place.array(np.zeros(x.shape, x.dtype), x.sharding), held)
+
+    def make_state(self) -> tuple[SamplingState, jax.Array]:
+        """What `abstract_state` tells of, for empty slots."""
+        state, last_token = self.abstract_state()
+        places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self.place.mesh is not None else None
+        make = jax.jit(lambda: (self._empty_slots(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places)
+        return make()
+
+    def _empty_slots(self) -> SamplingState:
         return make_sampling_state(self.place.num_shards * self.config.scheduler.max_num_seqs, self.vocab_size)

@@ -42,7 +42,7 @@ def device_bytes_in_use() -> int:
     Raises:
         ValueError: JAX could not take its share of that device's memory.
     """
-    jnp.zeros(()).block_until_ready()  # JAX takes its share when the first array is made
+    jax.device_put(0).block_until_ready()  # JAX takes its share when the first array is made
     stats = jax.local_devices()[0].memory_stats() or {}
     check_pool(stats)
     return stats.get("bytes_in_use", 0)

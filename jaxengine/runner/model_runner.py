@@ -125,7 +125,7 @@ class ModelRunner:
         self._caches: list = []
         self._state: Any = None
         self._last_token: Any = None
-        self._held_outputs: dict[Bucket, ForwardOutputs] = {}
+        self._held_outputs: dict[Bucket, ForwardOutputs | None] = {}
         self._walls: list[jax.Array] = []
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads)
@@ -274,7 +274,7 @@ class ModelRunner:
         """
         step = step if masks is None else self._mask(step, masks)
         batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
-        if bucket in self._held_outputs:
+        if self._held_outputs[bucket] is not None:
             self._held_outputs[bucket] = outputs
         tokens, logprobs = self._sample(step, has_masks=masks is not None)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
@@ -316,12 +316,10 @@ class ModelRunner:
         return tokens, logprobs if wanted & LOGPROBS else None
 
     def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
-        """The outputs of the last step of this shape, to be overwritten."""
-        held = self._held_outputs.get(bucket) or self._arrays.abstract_held(bucket)
-        if held is not None and bucket not in self._held_outputs:
-            held = jax.tree.map(lambda x: self._place.array(np.zeros(x.shape, x.dtype), x.sharding), held)
-            self._held_outputs[bucket] = held
-        return held
+        """The outputs of the last step of this shape, to be overwritten; None where none are kept."""
+        if bucket not in self._held_outputs:
+            self._held_outputs[bucket] = self._arrays.make_held(bucket)
+        return self._held_outputs[bucket]
 
     def _put_own(self, x: np.ndarray) -> jax.Array | np.ndarray:
         """An argument whose first axis the shards share out."""
@@ -365,12 +363,7 @@ class ModelRunner:
     def _allocate(self) -> None:
         # All of it there before a step runs anywhere: peers write into the workspace.
         self._caches = jax.block_until_ready(self._arrays.make_caches(self.num_pages))
-        state, last_token = self._arrays.abstract_state()
-        places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self._place.mesh is not None else None
-        make = jax.jit(
-            lambda: (self._arrays.make_state(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places
-        )
-        self._state, self._last_token = make()
+        self._state, self._last_token = self._arrays.make_state()
         if self.config.platform == "gpu":
             largest = max(layout.size for layout in self._layouts.values()) * np.dtype(np.int32).itemsize
             self._walls = keep_small_places(lambda x: self._place.array(x, self._place.replicated()), largest)
