@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxengine.pallas_kernels.skinny_matmul.config import (
+    HOST_BOUND_ROWS,
     MAX_ROWS,
     MIN_ROWS,
     MIN_WEIGHT_BYTES,
@@ -16,8 +17,8 @@ from jaxengine.pallas_kernels.skinny_matmul.config import (
 
 
 def has_kernel(x_shape: Sequence[int], weight_shape: Sequence[int], dtype: DTypeLike, *, gated: bool = False) -> bool:
-    """Whether a kernel is worth it on the device that is compiled for: a Hopper, 8 to 256 rows of 16-bit numbers, and a
-    weight of 16 MiB at least.
+    """Whether a kernel is worth it on the device that is compiled for: a Hopper, 8 to 256 rows of 16-bit numbers, and
+    below 64 rows a weight of 16 MiB at least.
 
     Not inside a mesh over whose devices XLA cuts the product: it would not cut a kernel.
 
@@ -30,7 +31,7 @@ def has_kernel(x_shape: Sequence[int], weight_shape: Sequence[int], dtype: DType
     if len(x_shape) != 2 or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or not is_hopper():
         return False
     num_rows, size_k = x_shape
-    if 2 * weight_shape[0] * size_k < MIN_WEIGHT_BYTES:
+    if num_rows < HOST_BOUND_ROWS and 2 * weight_shape[0] * size_k < MIN_WEIGHT_BYTES:
         return False
     if not MIN_ROWS <= num_rows <= MAX_ROWS or num_rows % 8 or size_k % 64:
         return False

@@ -13,10 +13,12 @@ from jax.sharding import AxisType
 ROWS = 64  # of a wgmma
 MIN_ROWS = 8  # fewer are products with vectors, which XLA fuses with what is before and after them
 MAX_ROWS = 256
-# Smaller weights are left to XLA, though the kernel alone takes a quarter less time: a step of a model of theirs is
-# bound by the host, where XLA (jaxlib 0.11.2) spends some 3 us more on each call of a kernel that is not its own.
-# Qwen3-0.6B, 16 sequences, H200: 1.71 ms a step instead of 1.67, 1.67 instead of 1.08 of them on the host, 2026-11-26.
+# Of few rows, smaller weights are left to XLA, though the kernel alone takes a quarter less time: a step of a model of
+# theirs is bound by the host then, where XLA (jaxlib 0.11.2) spends some 3 us more on each call of a kernel that is not
+# its own. Qwen3-0.6B, H200, with ours and with XLA's, 2026-11-26: 16 sequences 1.71 and 1.67 ms a step (1.67 and 1.08
+# of them on the host), 64 sequences 2.97 and 3.16 (1.6 and 1.04), 256 sequences 8.71 and 8.89.
 MIN_WEIGHT_BYTES = 2**24
+HOST_BOUND_ROWS = 64  # fewer are few
 SMEM_BYTES = 232_448 - 2048  # of a block on Hopper, less what barriers take
 REGISTERS = 65_536  # of a multiprocessor
 MAX_TILE = 256  # rows that one TMA copy brings, and columns of a wgmma
