@@ -24,6 +24,8 @@ class SchedulerConfig:
         enable_chunked_prefill: Whether a prompt may be split over several steps.
         long_prefill_token_threshold: Prompt tokens of one request in one step at most; 0: no such limit.
         async_scheduling: Whether the engine schedules a step before it knows the tokens of the one before.
+        num_scheduler_steps: Decode steps that are planned at once, wherever all requests decode and none waits; None:
+            as many as it takes to keep the device busy.
 
     Raises:
         ValueError: A field is out of range, or a step cannot hold what the other fields ask for.
@@ -36,6 +38,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     async_scheduling: bool = True
+    num_scheduler_steps: int | None = 1
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -56,6 +56,9 @@ class EngineArgs:
         long_prefill_token_threshold: Prompt tokens of one request in one step at most; 0: no such limit.
         scheduling_policy: "fcfs" or "priority".
         async_scheduling: Whether the host runs one step ahead of the device.
+        num_scheduler_steps: Decode steps that are planned at once while all requests decode and none waits: their
+            tokens come together. None: 1 on CPUs; elsewhere more than 1, at most 8, when planning each by itself
+            would leave the device waiting.
         max_logprobs: Most `logprobs` or `prompt_logprobs` a request may ask for.
         generation_config: "auto" takes the model's own default sampling parameters; "vllm" or "none" ignores them.
         logits_processors: Functions that requests may name in `SamplingParams.logits_processors`: JAX functions of
@@ -89,6 +92,7 @@ class EngineArgs:
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True
+    num_scheduler_steps: int | None = None
     max_logprobs: int = 20
     generation_config: str = "auto"
     logits_processors: list[Callable[..., Any]] | None = None
@@ -109,10 +113,14 @@ class EngineArgs:
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"block_size={self.block_size}: expected 8, 16, 32, 64, 128 or 256")
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override")
-        for name in ("tensor_parallel_size", "data_parallel_size", *sizes):
+        for name in ("tensor_parallel_size", "data_parallel_size", "num_scheduler_steps", *sizes):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: must be an integer of at least 1, or None")
+        if self.num_scheduler_steps is not None and self.num_scheduler_steps > self.block_size:
+            raise ValueError(
+                f"num_scheduler_steps={self.num_scheduler_steps}: must be at most block_size={self.block_size}"
+            )
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs={self.max_logprobs}: must be at least 0")
 
@@ -187,6 +195,8 @@ class EngineArgs:
                     enable_chunked_prefill=self.enable_chunked_prefill,
                     long_prefill_token_threshold=self.long_prefill_token_threshold,
                     async_scheduling=self.async_scheduling,
+                    # Processes that share the devices must plan alike, whatever their clocks say.
+                    num_scheduler_steps=self.num_scheduler_steps or (1 if is_cpu or is_multiprocess else None),
                 ),
                 platform=platform,
                 dtype=dtypes.compute,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +33,9 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
         ValueError: A request does not fit in the engine, or the run ends before the window does.
     """
     engine = llm.llm_engine
-    config, runner = engine.config, _Recorder()
+    # Steps planned at once have the shapes of steps planned one by one, or of some of them.
+    limits = dataclasses.replace(engine.config.scheduler, num_scheduler_steps=1)
+    config, runner = dataclasses.replace(engine.config, scheduler=limits), _Recorder()
     scheduler = make_scheduler(config, engine.core.runner.num_pages)
     core = EngineCore(scheduler, runner, engine.core.grammars)  # pyright: ignore[reportArgumentType]
     for index, (prompt, output_len) in enumerate(workload.requests):

@@ -148,11 +148,12 @@ def measure_decode(llm: LLM, batch: DecodeBatch, *, bandwidth: float | None = No
     outputs = engine.abort_request(engine.unfinished_request_ids)
     engine.core.drain()
     seconds = time.perf_counter() - started
-    step_ms = clock.decode_ms[SKIPPED_STEPS:]
+    num_beyond = len(clock.decode_ms) - batch.window.num_steps  # of the steps that were planned at once with the last
+    step_ms = clock.decode_ms[SKIPPED_STEPS : batch.window.num_steps]
     if len(step_ms) != batch.num_steps or len(outputs) != batch.batch_size:
         raise RuntimeError(f"{len(step_ms)} steps of {batch.batch_size} requests instead of {batch.num_steps}")
     # The token sampled last has not been attended to; a step before it, each sequence was one token shorter.
-    last = statistics.mean(batch.input_len + len(output.outputs[0].token_ids) for output in outputs) - 1
+    last = statistics.mean(batch.input_len + len(output.outputs[0].token_ids) for output in outputs) - 1 - num_beyond
     context = last - (batch.num_steps - 1) / 2
     floor_ms = None if bandwidth is None else 1000 * decode_bytes(engine.config, batch.batch_size, context) / bandwidth
     return LatencyResult(

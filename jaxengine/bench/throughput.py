@@ -156,8 +156,9 @@ def _counters(llm: LLM) -> dict[str, float]:
 class StepClock:
     """Times the steps that only decode.
 
-    A call of `step()` takes in one step and dispatches the next, which runs meanwhile: the time from call to call is a
-    step's time once both are decodes. The counter of prompt tokens grows with every dispatch of a step that has some.
+    A call of `step()` takes in what was dispatched before and dispatches what runs meanwhile: the time from call to
+    call is a step's time once both are decodes, or that of several if so many are planned at once. The counter of
+    prompt tokens grows with every dispatch of a step that has some.
 
     Attributes:
         decode_ms: Milliseconds of each such step.
@@ -173,6 +174,7 @@ class StepClock:
         self.decode_ms: list[float] = []
         self._scheduler, self._stats, self._num_seqs = core.scheduler, core.stats, num_seqs
         self._num_prompt_tokens = [self._stats.num_prompt_tokens] * 2
+        self._num_done = self._stats.num_steps_done
         self._calls = 0
         self._last = time.perf_counter()
 
@@ -180,10 +182,12 @@ class StepClock:
         """To be called after every `step()`."""
         now, count = time.perf_counter(), self._stats.num_prompt_tokens
         self._calls += 1
+        num_steps = self._stats.num_steps_done - self._num_done
         is_decode = self._calls > 2 and count == self._num_prompt_tokens[0]
         if is_decode and self._num_seqs in (None, self._scheduler.num_running):
-            self.decode_ms.append((now - self._last) * 1000)
+            self.decode_ms += [(now - self._last) * 1000 / max(num_steps, 1)] * num_steps
         self._num_prompt_tokens = [self._num_prompt_tokens[1], count]
+        self._num_done += num_steps
         self._last = now
 
 

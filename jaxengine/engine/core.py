@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
+from jaxengine.engine.pacing import StepPacer
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import STEP_TOKENS, Histogram
 from jaxengine.runner.model_runner import ForwardStep, ModelRunner
@@ -17,7 +19,7 @@ from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler, TokenUpdate
 from jaxengine.scheduler.shards import ShardedScheduler
 from jaxengine.sharding.distributed import is_multiprocess
 from jaxengine.structured.grammar import GrammarCompiler
-from jaxengine.structured.matchers import Matchers, is_constrained
+from jaxengine.structured.matchers import Matchers
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,14 @@ class EngineStats:
 
     Attributes:
         num_steps: Steps dispatched.
+        num_steps_done: Steps whose tokens have been taken in.
         num_prompt_tokens: Tokens computed in chunks of prompts (recomputed ones again).
         num_generation_tokens: Tokens sampled and kept.
         step_tokens: Tokens computed, of each step.
     """
 
     num_steps: int = 0
+    num_steps_done: int = 0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
@@ -51,6 +55,8 @@ class EngineCore:
         self.runner = runner
         self.grammars = grammars
         self._matchers = Matchers(grammars)
+        self._pacer = StepPacer(scheduler.config.num_scheduler_steps)
+        self._last_decode = 0.0  # when the step collected last was done, if it was one of decodes
         self.stats = EngineStats()
         self._in_flight: tuple[list[ScheduledBatch], StepHandle] | None = None
         self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
@@ -78,7 +84,7 @@ class EngineCore:
         return self.scheduler.has_unfinished_requests()
 
     def step(self) -> list[SampledUpdate]:
-        """Dispatches one step and takes in the one before.
+        """Dispatches one step, or several decode steps at once, and takes in what was dispatched before.
 
         Where grammars are at work, the tokens of the one before come first, and then what is left of the new step: its
         masks, computed while the device runs the model, and its sampler.
@@ -112,15 +118,19 @@ class EngineCore:
         """Dispatches a step, or, if grammars say what may be sampled in it, the model's part of it."""
         if not self.scheduler.has_unfinished_requests():
             return None
-        batches = self.scheduler.schedule(self.runner.max_ready_tokens())
+        batches = self.scheduler.schedule(self.runner.max_ready_tokens(), self._pacer.num_steps)
         if batches is None:
             return None
-        self.stats.num_steps += 1
-        self.stats.step_tokens.observe(sum(batch.num_tokens for batch in batches))
+        num_steps = batches[0].num_steps
+        self.stats.num_steps += num_steps
+        self.stats.step_tokens.observe(sum(batch.num_tokens for batch in batches), num_steps)
         self.stats.num_prompt_tokens += sum(
-            s.num_new_tokens for batch in batches for s in batch.sequences if s.start < s.request.num_prompt_tokens
+            s.num_new_tokens
+            for batch in batches
+            for s in batch.sequences
+            if not s.token_on_device and s.start < s.request.num_prompt_tokens
         )
-        if any(is_constrained(sequence) for batch in batches for sequence in batch.sequences):
+        if any(s.request.grammar is not None and s.samples for batch in batches for s in batch.sequences):
             return batches, self.runner.forward(batches)
         return batches, self.runner.execute(batches)
 
@@ -149,27 +159,36 @@ class EngineCore:
         return batches, self.runner.sample(forward, masks)
 
     def _collect(self, batches: list[ScheduledBatch], handle: StepHandle) -> list[SampledUpdate]:
-        parts = zip(self.scheduler.shards, batches, handle.results(), strict=True)
+        started = time.perf_counter()
+        results = handle.results()
+        done, num_steps = time.perf_counter(), batches[0].num_steps
+        self.stats.num_steps_done += num_steps
+        is_decode = all(batch.decode_only for batch in batches)
+        if is_decode and self._last_decode:
+            self._pacer.observe(num_steps, done - self._last_decode, done - started)
+        self._last_decode = done if is_decode else 0.0
+        parts = zip(self.scheduler.shards, batches, results, strict=True)
         return [update for part in parts for update in self._collect_shard(*part)]
 
     def _collect_shard(self, scheduler: Scheduler, batch: ScheduledBatch, result: ShardResult) -> list[SampledUpdate]:
         logprobs = result.logprobs
         if result.prompt_logprobs is not None:
             self._keep_prompt_logprobs(batch, result.row_starts, result.prompt_logprobs)
-        updates = []
+        updates, num_tokens = [], 0
         for update in scheduler.update(batch, result.sampled):
             request = update.request
-            self.stats.num_generation_tokens += len(update.new_token_ids)
+            num_tokens += len(update.new_token_ids)
             if request.grammar is not None and not self._matchers.advance(request, update.new_token_ids):
                 self._fail(update)
-            num_logprobs = request.sampling_params.logprobs
-            own = None
-            if num_logprobs is not None and logprobs is not None:
+            own = prompt = None
+            if logprobs is not None and (num_logprobs := request.sampling_params.logprobs) is not None:
                 own = _columns(logprobs, slice(update.index, update.index + 1), num_logprobs)
-            prompt = self._prompt_logprobs.pop(request, None)
+            if self._prompt_logprobs:
+                prompt = self._prompt_logprobs.pop(request, None)
             updates.append(SampledUpdate(request, update.new_token_ids, update.finished, own, prompt))
             if update.finished:
                 self._forget(request)
+        self.stats.num_generation_tokens += num_tokens
         return updates
 
     def _fail(self, update: TokenUpdate) -> None:

@@ -74,10 +74,14 @@ class IncrementalDetokenizer:
         if self._finished:
             return None
         found = None
+        if self._stream is None:
+            self.num_tokens += len(new_token_ids)
+            self._finished = finished
+            return None
         num_text_tokens = len(new_token_ids) - (1 if stop_token and not self._include_stop else 0)
         for place, token_id in enumerate(new_token_ids):
             self.num_tokens += 1
-            if self._stream is not None and place < num_text_tokens:
+            if place < num_text_tokens:
                 text = self._stream.step(token_id)
                 if text and (found := self._append(text)) is not None:
                     return found

@@ -202,7 +202,8 @@ class OutputProcessor:
             stop_string = self._take(parent, completion, update, now)
             if stop_string is not None and not update.finished:
                 stopped.append(StopFound(update.request.request_id, stop_string))
-            if completion.has_news:
+            is_due = parent.num_running == 0 or parent.params.output_kind is not RequestOutputKind.FINAL_ONLY
+            if is_due and completion.has_news:
                 touched[parent.request_id] = parent
         outputs = [output for parent in touched.values() if (output := self._output(parent, now)) is not None]
         return outputs, stopped
@@ -257,7 +258,7 @@ class OutputProcessor:
     def _count(self, metrics: RequestMetrics, completion: _Completion, num_new: int, now: float) -> None:
         if num_new:
             if completion.last_token_time:
-                self._stats.inter_token_latency.observe(now - completion.last_token_time)
+                self._stats.inter_token_latency.observe((now - completion.last_token_time) / num_new, num_new)
             elif not metrics.first_token_time:
                 self._stats.time_to_first_token.observe(now - metrics.arrival_time)
             completion.first_token_time = completion.first_token_time or now

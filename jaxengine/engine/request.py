@@ -46,10 +46,10 @@ class Request:
             block hashes through `repr`, so it must be made of ints, strings and bytes.
         grammar: What the output must match, see `grammar_text`; None for anything.
 
-    The fields below them are written by the scheduler (and `block_hashes` by the KV cache) only:
+    The fields below them are written by the scheduler only, and the last three by the KV cache:
         num_computed_tokens: Tokens whose keys and values are computed by the steps scheduled so far.
-        num_pending_tokens: Tokens sampled on the device that the host does not know yet. 0, or 1 when the host runs one
-            step ahead (2 between `schedule()` and the `update()` of the step before).
+        num_pending_tokens: Tokens sampled on the device that the host does not know yet: those of the steps that have
+            been scheduled and not updated. Before a request ends there can be more of them than it may have.
         slot: Row of the device state while running, else -1.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
         scheduled_time: When it first ran: `time.time()`; 0.0 before.
@@ -59,6 +59,9 @@ class Request:
         max_total_tokens: Prompt and output tokens at most, all limits taken together.
         sort_key: The request's place in the scheduler's queues; smaller goes first.
         block_hashes: Chained hashes of the full blocks of `all_token_ids`, as far as they were needed.
+        page_ids: Pages that the request holds, in the order of its tokens. The list only grows; one that has given its
+            pages back gets a new one.
+        num_named_pages: How many of them, from the first on, can be found by their hash.
     """
 
     request_id: str
@@ -86,6 +89,8 @@ class Request:
     max_total_tokens: int = field(init=False, repr=False)
     sort_key: tuple = field(init=False, repr=False, default=())
     block_hashes: list[bytes] = field(init=False, repr=False, default_factory=list)
+    page_ids: list[int] = field(init=False, repr=False, default_factory=list)
+    num_named_pages: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         self.all_token_ids = self.prompt_token_ids + self.output_token_ids
@@ -104,7 +109,3 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output tokens known to the host."""
         return len(self.all_token_ids)
-
-    def append_output_token(self, token_id: int) -> None:
-        self.output_token_ids.append(token_id)
-        self.all_token_ids.append(token_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxengine.kv_cache.block_pool import BlockPool
@@ -11,14 +10,6 @@ from jaxengine.kv_cache.prefix import extend_block_hashes
 
 if TYPE_CHECKING:
     from jaxengine.engine.request import Request
-
-
-@dataclass(slots=True)
-class _Holding:
-    """A request's pages, in the order of its tokens, the first `num_registered` of them named by their hash."""
-
-    pages: list[int]
-    num_registered: int
 
 
 class KVCacheManager:
@@ -35,7 +26,6 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_pages, enable_prefix_caching)
-        self._holdings: dict[str, _Holding] = {}
         self.prefix_queries = 0
         self.prefix_hits = 0
 
@@ -52,11 +42,6 @@ class KVCacheManager:
     def usage(self) -> float:
         """Share of the pages that requests hold, 0 to 1."""
         return 1 - self.pool.num_free / self.pool.num_pages
-
-    def pages_of(self, request_id: str) -> list[int]:
-        """The request's live list of pages (it only grows until `free`); a new empty list if it holds none."""
-        holding = self._holdings.get(request_id)
-        return holding.pages if holding is not None else []
 
     def get_computed_pages(self, request: Request) -> tuple[list[int], int]:
         """Finds the longest cached prefix of a request that holds no pages.
@@ -83,21 +68,19 @@ class KVCacheManager:
         Args:
             computed_pages: What `get_computed_pages` has just returned; only for a request that holds no pages.
         """
-        holding = self._holdings.get(request.request_id)
-        num_held = len(holding.pages) if holding is not None else len(computed_pages)
-        num_new = -(-num_tokens // self.block_size) - num_held
-        if holding is not None:
+        num_new = -(-num_tokens // self.block_size) - (len(request.page_ids) or len(computed_pages))
+        if request.page_ids:
             if num_new > 0:
                 if num_new > self.pool.num_free:
                     return False
-                holding.pages += self.pool.allocate(num_new)
+                request.page_ids += self.pool.allocate(num_new)
             return True
 
         if num_new > self.pool.num_free - self.pool.num_free_among(computed_pages):
             return False
         self.pool.acquire(computed_pages)  # before new pages are lent: those must not be the cached ones
-        pages = [*computed_pages, *self.pool.allocate(max(num_new, 0))]
-        self._holdings[request.request_id] = _Holding(pages, len(computed_pages))
+        request.page_ids = [*computed_pages, *self.pool.allocate(max(num_new, 0))]
+        request.num_named_pages = len(computed_pages)
         if request.num_preemptions == 0 and self._reads_cache(request):
             self.prefix_queries += request.num_tokens
             self.prefix_hits += len(computed_pages) * self.block_size
@@ -110,20 +93,18 @@ class KVCacheManager:
             num_computed_known: Tokens that the host knows and whose computation has been scheduled. Later steps may
                 read their pages, since the device runs the steps in order; the step that writes them must not.
         """
-        holding = self._holdings[request.request_id]
         num_full = num_computed_known // self.block_size
-        if num_full <= holding.num_registered or not self.enable_prefix_caching:
+        if num_full <= request.num_named_pages or not self.enable_prefix_caching:
             return
         hashes = extend_block_hashes(request, self.block_size, num_full)
-        for i in range(holding.num_registered, num_full):
-            self.pool.register(holding.pages[i], hashes[i])
-        holding.num_registered = num_full
+        for i in range(request.num_named_pages, num_full):
+            self.pool.register(request.page_ids[i], hashes[i])
+        request.num_named_pages = num_full
 
     def free(self, request: Request) -> None:
-        """Gives all of the request's pages back. The list that `pages_of` returned stays as it was."""
-        holding = self._holdings.pop(request.request_id, None)
-        if holding is not None:
-            self.pool.release(holding.pages)
+        """Gives all of the request's pages back. The list of them stays as it was; the request gets a new one."""
+        self.pool.release(request.page_ids)
+        request.page_ids, request.num_named_pages = [], 0
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached content (after a change of weights, say). False, and no change, while pages are held."""

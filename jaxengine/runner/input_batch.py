@@ -74,6 +74,10 @@ class RowLayout(_Layout):
         fields = self.fields(buffer)
         return fields | {name: fields[name].view(np.float32) for name in FLOAT_FIELDS}
 
+    def table(self, buffer: np.ndarray) -> np.ndarray:
+        """All fields as one writable view, i32[fields, S]."""
+        return buffer.reshape(-1, self.num_seqs)
+
     def wanted_features(self, rows: np.ndarray) -> int:
         """All features that some row of some shard asks for."""
         parts = rows.reshape(-1, self.size)
@@ -142,11 +146,9 @@ class SlotTable:
     def __init__(self, num_slots: int, table_width: int, vocab_size: int):
         self.vocab_size = vocab_size
         self.page_table = np.zeros((num_slots, table_width), np.int32)
-        self.num_pages = np.zeros(num_slots, np.int64)
-        self.fields = {
-            name: np.zeros(num_slots, np.float32 if name in FLOAT_FIELDS else np.int32)
-            for name in INT_FIELDS + FLOAT_FIELDS
-        }
+        self.num_pages = [0] * num_slots  # read one by one for each step, which lists are made for
+        self._layout = RowLayout(num_slots)
+        self._rows = np.zeros(self._layout.size, np.int32)
         self.min_tokens = np.zeros(num_slots, np.int32)
 
     def take(self, sequence: ScheduledSequence, seed: int, processors: int) -> int:
@@ -168,15 +170,24 @@ class SlotTable:
             "presence": params.presence_penalty,
             "frequency": params.frequency_penalty,
         }
+        fields = self._layout.views(self._rows)
         for name, value in values.items():
-            self.fields[name][slot] = value
+            fields[name][slot] = value
         return features
 
-    def update_pages(self, sequence: ScheduledSequence) -> None:
-        known, now = self.num_pages[sequence.slot], len(sequence.page_ids)
-        if now > known:
-            self.page_table[sequence.slot, known:now] = sequence.page_ids[known:now]
-            self.num_pages[sequence.slot] = now
+    def rows(self, slots: np.ndarray) -> np.ndarray:
+        """i32[fields, n]: the sampling parameters of some slots, in the order of `RowLayout`."""
+        return self._layout.table(self._rows)[:, slots]
+
+    def update_pages(self, sequences: Sequence[ScheduledSequence]) -> None:
+        """Notes the pages that sequences have gained."""
+        num_pages = self.num_pages
+        for sequence in sequences:
+            slot, page_ids = sequence.slot, sequence.page_ids
+            known = num_pages[slot]
+            if len(page_ids) > known:
+                self.page_table[slot, known : len(page_ids)] = page_ids[known:]
+                num_pages[slot] = len(page_ids)
 
 
 def request_features(params) -> int:
@@ -200,8 +211,8 @@ def request_features(params) -> int:
 def order_rows(batch: ScheduledBatch) -> list[int]:
     """Rows of the step, as indices of `batch.sequences`: decodes by length, since attention on CPU takes them in groups
     that cost as much as their longest member."""
-    decodes = sorted(range(batch.num_decodes), key=lambda i: batch.sequences[i].start)
-    return decodes + list(range(batch.num_decodes, len(batch.sequences)))
+    starts = [s.start for s in batch.sequences[: batch.num_decodes]]
+    return [*sorted(range(batch.num_decodes), key=starts.__getitem__), *range(batch.num_decodes, len(batch.sequences))]
 
 
 def pack(
@@ -223,20 +234,45 @@ def pack(
         views = layout.views(part)
         views["temperature"][len(order) :] = 1
         if order:
-            _pack_one(batch, order, views, slots)
+            _pack_one(batch, order, views, layout.rows.table(part[layout.rows_start :]), slots)
     return buffer.reshape(-1)
 
 
-def _pack_one(batch: ScheduledBatch, order: list[int], views: dict[str, np.ndarray], slots: SlotTable) -> None:
-    """Fills the fields of one shard's batch, which are zero. Padding rows sample nothing."""
+def advance(
+    packed: np.ndarray, batches: Sequence[ScheduledBatch], layout: PackedLayout, tables: Sequence[SlotTable]
+) -> np.ndarray:
+    """The inputs of a step that is run again, in a fresh buffer: every sequence has the token sampled before.
+
+    Args:
+        packed: What `pack` or this function gave for the time before.
+        batches: One for each shard, all of decodes.
+        layout: See `pack`.
+        tables: See `pack`.
+    """
+    packed = packed.copy()  # the device may still read the buffer
+    for part, batch, slots in zip(packed.reshape(len(batches), -1), batches, tables, strict=True):
+        fields = {name: field[: len(batch.sequences)] for name, field in layout.views(part).items() if field.ndim}
+        fields["token_ids"][:] = -1
+        for name in ("positions", "kv_lens", "position"):
+            fields[name] += 1
+        fields["features"][fields["position"] >= slots.min_tokens[fields["slot"]]] &= ~MIN_TOKENS
+    return packed
+
+
+def _pack_one(
+    batch: ScheduledBatch, order: list[int], views: dict[str, np.ndarray], rows: np.ndarray, slots: SlotTable
+) -> None:
+    """Fills the fields of one shard's batch, which are zero, `rows` being those of its sampler.
+
+    Padding rows sample nothing.
+    """
     sequences = [batch.sequences[i] for i in order]
     num_seqs, num_decodes = len(sequences), batch.num_decodes
     slot_ids = np.array([s.slot for s in sequences])
     lengths = np.array([s.num_new_tokens for s in sequences])
     starts = np.array([s.start for s in sequences])
     ends = np.cumsum(lengths)
-    for sequence in sequences:
-        slots.update_pages(sequence)
+    slots.update_pages(sequences)
 
     token_ids, positions = views["token_ids"], views["positions"]
     token_ids[:num_decodes] = [
@@ -244,19 +280,19 @@ def _pack_one(batch: ScheduledBatch, order: list[int], views: dict[str, np.ndarr
     ]
     positions[:num_decodes] = starts[:num_decodes]
     for i in range(num_decodes, num_seqs):
-        sequence, rows = sequences[i], slice(ends[i] - lengths[i], ends[i])
-        token_ids[rows] = sequence.request.all_token_ids[sequence.start : sequence.start + sequence.num_new_tokens]
-        positions[rows] = np.arange(sequence.start, sequence.start + sequence.num_new_tokens)
+        sequence, own = sequences[i], slice(ends[i] - lengths[i], ends[i])
+        token_ids[own] = sequence.request.all_token_ids[sequence.start : sequence.start + sequence.num_new_tokens]
+        positions[own] = np.arange(sequence.start, sequence.start + sequence.num_new_tokens)
 
     views["kv_lens"][:num_seqs] = starts + lengths
     views["query_starts"][1 : num_seqs + 1] = ends
     views["query_starts"][num_seqs + 1 :] = ends[-1]
-    views["page_table"][:num_seqs] = slots.page_table[slot_ids]
+    num_pages = max(len(s.page_ids) for s in sequences)
+    views["page_table"][:num_seqs, :num_pages] = slots.page_table[slot_ids, :num_pages]
     views["num_seqs"][...] = num_seqs
     views["num_decodes"][...] = num_decodes
     views["last_rows"][:num_seqs] = ends - 1
-    for name, values in slots.fields.items():
-        views[name][:num_seqs] = values[slot_ids]
+    rows[:, :num_seqs] = slots.rows(slot_ids)
     samples = np.array([s.samples for s in sequences])
     outputs = np.array([s.num_output_tokens for s in sequences])
     views["samples"][:num_seqs] = samples
@@ -270,8 +306,13 @@ def prompt_targets(
     batches: Sequence[ScheduledBatch], orders: Sequence[list[int]], num_tokens: int
 ) -> np.ndarray | None:
     """i32[shards * T], the prompt token after each row of sequences that ask for its log probability, if any does."""
-    wanted = [s.request.sampling_params.prompt_logprobs for batch in batches for s in batch.sequences]
-    if all(number is None for number in wanted):
+    asks = (
+        s.request.sampling_params.prompt_logprobs is not None
+        for batch in batches
+        for s in batch.sequences
+        if not s.token_on_device  # its prompt has been computed
+    )
+    if not any(asks):
         return None
     targets = np.zeros((len(batches), num_tokens), np.int32)
     for part, batch, order in zip(targets, batches, orders, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import zlib
@@ -20,8 +21,8 @@ from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.registry import abstract_model
 from jaxengine.runner.arrays import StepArrays
 from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
-from jaxengine.runner.compiler import StepCompiler, release_free_memory
-from jaxengine.runner.input_batch import PackedLayout, SlotTable, order_rows, pack, prompt_targets
+from jaxengine.runner.compiler import StepCompiler, freeze_heap, release_free_memory
+from jaxengine.runner.input_batch import PackedLayout, SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.lowering import lower
 from jaxengine.runner.memory import keep_small_places, num_pages_that_fit
 from jaxengine.runner.placement import Placement, bytes_on_a_device
@@ -67,6 +68,7 @@ class ForwardStep(NamedTuple):
 
     Attributes:
         orders: Of each shard: the rows of the step, as indices of its batch's sequences.
+        packed: The step's buffer.
         rows: The sampler's part of the step's buffer.
         tokens: The most likely ones, i32[S] of each shard.
     """
@@ -74,6 +76,7 @@ class ForwardStep(NamedTuple):
     batches: Sequence[ScheduledBatch]
     orders: list[list[int]]
     bucket: Bucket
+    packed: np.ndarray
     rows: np.ndarray
     tokens: jax.Array
     outputs: ForwardOutputs
@@ -100,7 +103,8 @@ class ModelRunner:
         self.config = config
         self.model_config = config.model
         scheduler = config.scheduler
-        self.table_width = -(-scheduler.max_model_len // config.block_size)
+        # One page more than a request can fill: a step that is run several times goes on beyond its end.
+        self.table_width = -(-scheduler.max_model_len // config.block_size) + (scheduler.num_scheduler_steps != 1)
         self.is_cpu = config.platform == "cpu"
         self.buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
         self._layouts = {
@@ -128,7 +132,9 @@ class ModelRunner:
         self._held_outputs: dict[Bucket, ForwardOutputs | None] = {}
         self._walls: list[jax.Array] = []
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
-        self._compiler = StepCompiler(self.compile_program, num_threads)
+        # A CPU's steps take so long that the collector's time is lost among them.
+        when_done = (lambda: None) if self.is_cpu else freeze_heap
+        self._compiler = StepCompiler(self.compile_program, num_threads, when_done)
         if config.warmup != "none":
             self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
 
@@ -246,8 +252,14 @@ class ModelRunner:
     # Running
 
     def execute(self, batches: Sequence[ScheduledBatch]) -> StepHandle:
-        """Dispatches a step, which has a batch for each shard, and returns at once."""
-        return self.sample(self.forward(batches))
+        """Dispatches a step, which has a batch for each shard, as often as it is to be run, and returns at once."""
+        step = self.forward(batches)
+        outputs = [self._outputs(step)]
+        for _ in range(batches[0].num_steps - 1):
+            packed = advance(step.packed, batches, self._layouts[step.bucket], self._slots)
+            step = self._forward(batches, step.orders, step.bucket, packed)
+            outputs.append(self._outputs(step))
+        return StepHandle(outputs, step.orders, batches)
 
     def forward(self, batches: Sequence[ScheduledBatch]) -> ForwardStep:
         """Dispatches the model's part of a step and returns at once; `sample` must follow before the next step."""
@@ -258,30 +270,35 @@ class ModelRunner:
                 if sequence.new_in_slot:
                     self._take_slot(shard, sequence)
         bucket, orders = self._pick(StepShape.of(batches)), [order_rows(batch) for batch in batches]
-        layout = self._layouts[bucket]
-        packed = pack(batches, orders, layout, self._slots)
+        return self._forward(batches, orders, bucket, pack(batches, orders, self._layouts[bucket], self._slots))
+
+    def _forward(
+        self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket, packed: np.ndarray
+    ) -> ForwardStep:
         forward = self._compiler.get(bucket)
         args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_held(bucket)
         self._caches, self._last_token, tokens, outputs = forward(*args)
-        return ForwardStep(batches, orders, bucket, layout.rows_of(packed), tokens, outputs)
+        return ForwardStep(batches, orders, bucket, packed, self._layouts[bucket].rows_of(packed), tokens, outputs)
 
-    def sample(self, step: ForwardStep, masks: Sequence[TokenMasks] | None = None) -> StepHandle:
+    def sample(self, step: ForwardStep, masks: Sequence[TokenMasks]) -> StepHandle:
         """Dispatches the rest of a step and returns at once.
 
         Args:
             step: The newest step.
             masks: What grammars allow, for each shard.
         """
-        step = step if masks is None else self._mask(step, masks)
+        return StepHandle([self._outputs(self._mask(step, masks), has_masks=True)], step.orders, step.batches)
+
+    def _outputs(self, step: ForwardStep, *, has_masks: bool = False) -> StepOutputs:
         batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
         if self._held_outputs[bucket] is not None:
             self._held_outputs[bucket] = outputs
-        tokens, logprobs = self._sample(step, has_masks=masks is not None)
+        tokens, logprobs = self._sample(step, has_masks=has_masks)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
             compute = self._compiler.get(PromptLogprobsKey(bucket.num_tokens))
             prompt_logprobs = compute(self._leaves, outputs.hidden, self._put_own(targets))
-        return StepHandle(StepOutputs(tokens, logprobs, prompt_logprobs), orders, batches)
+        return StepOutputs(tokens, logprobs, prompt_logprobs)
 
     def _mask(self, step: ForwardStep, masks: Sequence[TokenMasks]) -> ForwardStep:
         """Takes the tokens that grammars do not allow out of a step's logits, which are given up."""
@@ -401,5 +418,6 @@ class ModelRunner:
     def close(self) -> None:
         """Ends the compiler threads and frees the device memory."""
         self._compiler.close()
+        gc.unfreeze()
         if self._leaves is not None:
             self.sleep(2)

@@ -50,7 +50,7 @@ class ShardResult(NamedTuple):
         logprobs: Of the sampled tokens, by sequence; None if no sequence of the step asks.
         prompt_logprobs: Of prompt tokens, by row of the step, the sequences one after the other in the order of the
             step; None if no sequence asks.
-        row_starts: First row of each of the batch's sequences in the step.
+        row_starts: First row of each of the batch's sequences in the step; zeros without `prompt_logprobs`.
     """
 
     sampled: list[list[int]]
@@ -62,11 +62,11 @@ class ShardResult(NamedTuple):
 class StepHandle:
     """A step under way. Its results are being copied to the host already."""
 
-    def __init__(self, outputs: StepOutputs, orders: list[list[int]], batches: Sequence[ScheduledBatch]):
+    def __init__(self, outputs: Sequence[StepOutputs], orders: list[list[int]], batches: Sequence[ScheduledBatch]):
         """Starts copying.
 
         Args:
-            outputs: Of all shards.
+            outputs: Of all shards, each time that the step is run; if several times, tokens alone.
             orders: Of each shard: indices of its sequences in the order of their rows.
             batches: Of each shard.
         """
@@ -77,22 +77,22 @@ class StepHandle:
     def results(self) -> list[ShardResult]:
         """Waits for the step; one result for each shard."""
         num_shards = len(self._batches)
-        outputs = jax.tree.map(lambda x: np.asarray(x).reshape(num_shards, -1, *x.shape[1:]), self._outputs)
+        outputs = jax.tree.map(lambda x: np.asarray(x).reshape(num_shards, -1, *x.shape[1:]), list(self._outputs))
+        tokens = np.stack([x.tokens for x in outputs], axis=-1)  # i32[shards, S, times]
         return [
-            _shard_result(jax.tree.map(lambda x, i=i: x[i], outputs), order, batch)
+            _shard_result(tokens[i], jax.tree.map(lambda x, i=i: x[i], outputs[-1]), order, batch)
             for i, (order, batch) in enumerate(zip(self._orders, self._batches, strict=True))
         ]
 
 
-def _shard_result(outputs: StepOutputs, order: list[int], batch: ScheduledBatch) -> ShardResult:
+def _shard_result(tokens: np.ndarray, outputs: StepOutputs, order: list[int], batch: ScheduledBatch) -> ShardResult:
     inverse = np.argsort(order)
-    by_sequence = outputs.tokens[inverse].tolist()
-    sampled = [
-        [token] if sequence.samples else [] for token, sequence in zip(by_sequence, batch.sequences, strict=True)
-    ]
+    by_sequence = tokens[inverse].tolist()
+    sampled = [own if sequence.samples else [] for own, sequence in zip(by_sequence, batch.sequences, strict=True)]
     logprobs = None if outputs.logprobs is None else Logprobs(*(x[inverse] for x in outputs.logprobs))
     starts, row = [0] * len(order), 0
-    for index in order:
-        starts[index] = row
-        row += batch.sequences[index].num_new_tokens
+    if outputs.prompt_logprobs is not None:
+        for index in order:
+            starts[index] = row
+            row += batch.sequences[index].num_new_tokens
     return ShardResult(sampled, logprobs, outputs.prompt_logprobs, starts)

@@ -58,11 +58,14 @@ class ScheduledBatch:
     Attributes:
         num_tokens: New tokens of all sequences.
         num_decodes: Sequences with exactly one new token.
+        num_steps: How often the step is run; more than once only if all sequences decode. Each time they have one token
+            more, the one sampled the time before.
     """
 
     sequences: list[ScheduledSequence]
     num_tokens: int
     num_decodes: int
+    num_steps: int = 1
 
     @property
     def decode_only(self) -> bool:
@@ -90,6 +93,7 @@ class _Step:
     """A step while it is being planned. Requests change only when it is committed, so a plan can be taken back."""
 
     budget: int  # tokens left
+    num_steps: int = 1
     plan: dict[Request, int] = field(default_factory=dict)  # new tokens of each request
     admitted: set[Request] = field(default_factory=set)
     has_preempted: bool = False
@@ -193,20 +197,42 @@ class Scheduler:
         request.num_pending_tokens = 0
         return request
 
-    def schedule(self, max_tokens: int | None = None) -> ScheduledBatch | None:
+    def may_repeat(self, num_steps: int, max_tokens: int | None = None) -> bool:
+        """Whether the next step can be planned to run so many times: all requests decode, none waits, there are pages,
+        and nothing has to look at a token before the next is sampled.
+
+        Args:
+            num_steps: At most `block_size`.
+            max_tokens: As for `schedule`.
+        """
+        num_running = len(self._running)
+        if self._waiting or num_running > min(self._budget(max_tokens), self.kv_cache.num_free_pages):
+            return False
+        return num_steps <= self.kv_cache.block_size and all(
+            len(r.all_token_ids) + r.num_pending_tokens - r.num_computed_tokens <= 1
+            and r.grammar is None
+            and r.sampling_params.logprobs is None
+            for r in self._running
+        )
+
+    def _budget(self, max_tokens: int | None) -> int:
+        budget = self.config.max_num_batched_tokens
+        return budget if max_tokens is None else min(budget, max_tokens)
+
+    def schedule(self, max_tokens: int | None = None, num_steps: int = 1) -> ScheduledBatch | None:
         """Plans the next step: running requests first (decodes, then unfinished prompts), then waiting ones.
 
         May be called before `update()` of the batch before.
 
         Args:
             max_tokens: Bounds this step below `max_num_batched_tokens`.
+            num_steps: How often it is run; more than once only if `may_repeat` says so.
 
         Returns:
             The step; None if there is nothing to do before a batch in flight is updated, a request is added or, without
             chunked prefill, `max_tokens` is raised.
         """
-        budget = self.config.max_num_batched_tokens
-        step = _Step(budget if max_tokens is None else min(budget, max_tokens))
+        step = _Step(self._budget(max_tokens), num_steps)
         self._plan_running(step)
         if not step.has_preempted:  # else pages are short
             self._plan_waiting(step)
@@ -214,17 +240,20 @@ class Scheduler:
 
     def _plan_running(self, step: _Step) -> None:
         prefills: list[Request] = []
-        index = 0
-        while index < len(self._running) and step.budget > 0:  # preemption shortens the queue from its end
-            request = self._running[index]
-            index += 1
+        block_size, ahead = self.kv_cache.block_size, step.num_steps - 1
+        for request in self._running:  # preemption shortens the queue from its end
+            if step.budget <= 0:
+                break
             num_tokens = len(request.all_token_ids) + request.num_pending_tokens
             if num_tokens - request.num_computed_tokens > 1:
                 prefills.append(request)
             elif num_tokens < request.max_total_tokens and (
-                self.kv_cache.allocate(request, num_tokens) or self._make_room(step, request, num_tokens)
+                num_tokens + ahead <= len(request.page_ids) * block_size
+                or self.kv_cache.allocate(request, num_tokens + ahead)
+                or self._make_room(step, request, num_tokens)
             ):
-                step.add(request, 1)
+                step.plan[request] = 1
+                step.budget -= 1
         for request in prefills:
             num_new = self._chunk_len(request.num_tokens - request.num_computed_tokens, step.budget)
             if num_new > 0 and request.status is RequestStatus.RUNNING:  # not preempted for a decode
@@ -274,7 +303,7 @@ class Scheduler:
         if self.config.policy != "priority":
             return False
         lower = [other for other in self._running if other.priority > request.priority]
-        num_reclaimable = sum(len(self.kv_cache.pages_of(other.request_id)) for other in lower)
+        num_reclaimable = sum(len(other.page_ids) for other in lower)
         if (self.kv_cache.num_free_pages + num_reclaimable) * self.kv_cache.block_size < num_tokens:
             return False  # in vain
         while lower:
@@ -304,8 +333,10 @@ class Scheduler:
     def _commit(self, step: _Step) -> ScheduledBatch:
         decodes: list[ScheduledSequence] = []
         prefills: list[ScheduledSequence] = []
+        block_size, admitted, ahead = self.kv_cache.block_size, step.admitted, step.num_steps - 1
         for request, num_new in step.plan.items():
-            start, end = request.num_computed_tokens, request.num_computed_tokens + num_new
+            start = request.num_computed_tokens
+            end = start + num_new
             num_known, num_pending = len(request.all_token_ids), request.num_pending_tokens
             samples = end == num_known + num_pending
             sequence = ScheduledSequence(
@@ -314,19 +345,20 @@ class Scheduler:
                 num_new,
                 samples,
                 request.slot,
-                request in step.admitted,
+                request in admitted,
                 num_pending > 0,
-                self.kv_cache.pages_of(request.request_id),
+                request.page_ids,
                 len(request.output_token_ids) + num_pending,
             )
             (decodes if num_new == 1 else prefills).append(sequence)
-            request.num_computed_tokens = end
-            request.num_pending_tokens += samples
+            request.num_computed_tokens = end = end + ahead
+            request.num_pending_tokens += samples + ahead
             # Only now that all of the step is planned: no request of this step may read what this step writes.
-            self.kv_cache.cache_full_pages(request, min(end, num_known))
-        return ScheduledBatch(decodes + prefills, sum(step.plan.values()), len(decodes))
+            if end >= (request.num_named_pages + 1) * block_size:
+                self.kv_cache.cache_full_pages(request, min(end, num_known))
+        return ScheduledBatch(decodes + prefills, sum(step.plan.values()), len(decodes), step.num_steps)
 
-    def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[TokenUpdate]:
+    def update(self, batch: ScheduledBatch, sampled: Sequence[list[int]]) -> list[TokenUpdate]:
         """Takes in a batch's tokens, and ends the requests that they finish. Batches come in the order of `schedule()`.
 
         Args:
@@ -346,22 +378,27 @@ class Scheduler:
             request = sequence.request
             if request.status.is_finished:
                 continue
-            if (len(token_ids) > 0) != sequence.samples:
+            if bool(token_ids) != sequence.samples:
                 raise ValueError(f"sampled[{index}] has {len(token_ids)} tokens, but samples={sequence.samples}")
-            if not sequence.samples:
+            if not token_ids:
                 continue
-            request.num_pending_tokens -= 1
-            new_token_ids: list[int] = []
+            request.num_pending_tokens -= len(token_ids)
+            output, known, num_taken = request.output_token_ids, request.all_token_ids, 0
+            finished = False
             for token_id in token_ids:
-                new_token_ids.append(token_id)
-                request.append_output_token(token_id)
-                if self._finish_if_done(request, token_id):
-                    break
-            updates.append(TokenUpdate(request, new_token_ids, request.status.is_finished, index))
+                output.append(token_id)
+                known.append(token_id)
+                num_taken += 1
+                if token_id in request.stop_token_ids or len(known) >= request.max_total_tokens:
+                    finished = self._finish_if_done(request, token_id)
+                    if finished:
+                        break
+            new = token_ids if num_taken == len(token_ids) else token_ids[:num_taken]
+            updates.append(TokenUpdate(request, new, finished, index))
         return updates
 
     def _finish_if_done(self, request: Request, token_id: int) -> bool:
-        """Ends the request if its newest token, `token_id`, is a stop token or its last one."""
+        """Ends the request if its newest token, `token_id`, is a stop token that counts already, or its last one."""
         params = request.sampling_params
         if token_id in request.stop_token_ids and len(request.output_token_ids) >= params.min_tokens:
             # Only a token that the user has named is a stop reason; EOS is not.

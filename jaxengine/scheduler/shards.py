@@ -84,16 +84,22 @@ class ShardedScheduler:
                 return request
         return None
 
-    def schedule(self, max_tokens: int | None = None) -> list[ScheduledBatch] | None:
+    def schedule(self, max_tokens: int | None = None, num_steps: int = 1) -> list[ScheduledBatch] | None:
         """Plans the next step of every shard; see `Scheduler.schedule`.
+
+        Args:
+            max_tokens: Bounds the step of each shard.
+            num_steps: How often it is run if that is possible; otherwise once.
 
         Returns:
             A batch for each shard, empty where there is nothing to do; None if that is so everywhere.
         """
-        batches = [shard.schedule(max_tokens) for shard in self.shards]
+        if num_steps > 1 and not all(shard.may_repeat(num_steps, max_tokens) for shard in self.shards):
+            num_steps = 1
+        batches = [shard.schedule(max_tokens, num_steps) for shard in self.shards]
         if not any(batches):
             return None
-        return [batch or ScheduledBatch([], 0, 0) for batch in batches]
+        return [batch or ScheduledBatch([], 0, 0, num_steps) for batch in batches]
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False, and no change, while requests hold pages."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxengine.engine.request import Request
-from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+from jaxengine.scheduler.scheduler import ScheduledBatch
 from jaxengine.structured.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Matchers:
         rows = [
             (row, sequence.request)
             for row, sequence in enumerate(batch.sequences)
-            if is_constrained(sequence) and not sequence.request.status.is_finished
+            if sequence.samples and sequence.request.grammar is not None and not sequence.request.status.is_finished
         ]
         failed: dict[Request, str] = {}
         for row, request in rows:
@@ -79,11 +79,6 @@ class Matchers:
             assert request.grammar is not None
             self._matchers[request] = self._compiler.matcher(request.grammar)
         return self._matchers[request]
-
-
-def is_constrained(sequence: ScheduledSequence) -> bool:
-    """Whether a grammar says which token a step may sample for a sequence."""
-    return sequence.samples and sequence.request.grammar is not None
 
 
 def _allow_stops(words: np.ndarray, request: Request, eos_token_ids: Sequence[int]) -> bool:

@@ -63,6 +63,7 @@ FEW_PAGES = {"num_gpu_blocks_override": 24, "max_num_seqs": 16, "max_num_batched
         {"block_size": 32, "num_gpu_blocks_override": 300, "max_num_seqs": 16, "max_num_batched_tokens": 64},
         {"enable_chunked_prefill": False},
         FEW_PAGES | {"scheduling_policy": "priority"},
+        FEW_PAGES | {"num_scheduler_steps": 4},
         {"long_prefill_token_threshold": 10},
     ],
     ids=str,
@@ -86,6 +87,42 @@ def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
     with LLM(str(tiny), **(BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16})) as llm:
         assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.buckets)
         assert greedy(llm, prompts) == want
+
+
+def test_several_steps_planned_at_once_sample_the_same(tiny, monkeypatch):
+    """Also beyond a request's end, which comes within them."""
+    prompts = make_prompts(LLM_VOCAB)[:9]
+    draw = {"temperature": 0.9, "seed": 3, "ignore_eos": True}
+    params = [
+        SamplingParams(max_tokens=30, **draw),
+        SamplingParams(max_tokens=13, **draw, top_k=20, top_p=0.9),
+        SamplingParams(max_tokens=3, **draw, min_p=0.01),
+        SamplingParams(max_tokens=30, **draw, min_tokens=6, stop_token_ids=list(range(0, LLM_VOCAB, 3))),
+        SamplingParams(max_tokens=30, **draw, stop_token_ids=list(range(0, LLM_VOCAB, 9))),
+        SamplingParams(max_tokens=22, **draw, repetition_penalty=1.3, frequency_penalty=0.5),
+        SamplingParams(max_tokens=17, **draw, logit_bias={7: 4.0}),
+        SamplingParams(max_tokens=26, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=1, **draw),
+    ]
+
+    def answers(llm: LLM, params: list[SamplingParams]) -> list[tuple]:
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        return [(o.token_ids, o.finish_reason, o.stop_reason, o.logprobs) for o in outputs]
+
+    few = BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16}
+    with_logprobs = [*params[:8], SamplingParams(max_tokens=20, **draw, logprobs=2)]
+    with LLM(str(tiny), **few) as llm:
+        want = answers(llm, params), answers(llm, with_logprobs)
+    with LLM(str(tiny), **few, num_scheduler_steps=8) as llm:
+        core = llm.llm_engine.core
+        schedule, planned = core.scheduler.schedule, []
+        monkeypatch.setattr(
+            core.scheduler, "schedule", lambda *args: planned.append(batches := schedule(*args)) or batches
+        )
+        assert (answers(llm, params), answers(llm, with_logprobs)) == want
+        assert {batches[0].num_steps for batches in planned if batches} == {1, 8}
+        assert core.stats.num_steps == core.stats.num_steps_done
+        assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
 
 
 def test_the_real_model_alone_in_a_batch_cached_and_chunked(smollm2):

@@ -153,19 +153,21 @@ def test_startup_tells_what_went_wrong(capsys):
 
 def test_step_clock_leaves_out_steps_next_to_prompts(monkeypatch):
     """Each call takes in a step and has dispatched the next; prompts are counted when they are dispatched."""
-    core: Any = SimpleNamespace(stats=SimpleNamespace(num_prompt_tokens=0), scheduler=SimpleNamespace(num_running=0))
+    stats = SimpleNamespace(num_prompt_tokens=0, num_steps_done=0)
+    core: Any = SimpleNamespace(stats=stats, scheduler=SimpleNamespace(num_running=0))
     clock: Any = SimpleNamespace(now=0)
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     all_steps, together = throughput.StepClock(core), throughput.StepClock(core, 2)
     steps = [(8, 1), (16, 1), (20, 2), (20, 2), (20, 2), (20, 2), (20, 1), (20, 1)]
     for seconds, (num_prompt_tokens, num_running) in enumerate(steps, start=1):
         clock.now += seconds
-        core.stats.num_prompt_tokens, core.scheduler.num_running = num_prompt_tokens, num_running
+        stats.num_prompt_tokens, core.scheduler.num_running = num_prompt_tokens, num_running
+        stats.num_steps_done += 4 if seconds == 6 else 1
         all_steps.tick()
         together.tick()
-    # The third call dispatched the last prompt, so the fourth step computed it.
-    assert all_steps.decode_ms == [5000, 6000, 7000, 8000]
-    assert together.decode_ms == [5000, 6000]
+    # The third call dispatched the last prompt, so the fourth step computed it. The sixth took in four steps.
+    assert all_steps.decode_ms == [5000, *[1500] * 4, 7000, 8000]
+    assert together.decode_ms == [5000, *[1500] * 4]
 
 
 FLOORS = {

@@ -1,9 +1,11 @@
+import gc
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from jaxengine.runner.compiler import StepCompiler
+from jaxengine.runner.compiler import StepCompiler, freeze_heap
 
 
 def test_failure_reaches_whoever_waits():
@@ -13,6 +15,33 @@ def test_failure_reaches_whoever_waits():
     with pytest.raises(ZeroDivisionError):
         compiler.get(0)
     compiler.close()
+
+
+def test_says_when_all_is_compiled():
+    calls, done = [], threading.Event()
+    go = threading.Event()
+    compiler = StepCompiler(lambda key: go.wait(60) and 1 // key, 2, lambda: (calls.append(1), done.set()))
+    compiler.add([1, 2, 0, 4])
+    go.set()
+    assert done.wait(60)
+    assert [compiler.is_ready(key) for key in (1, 2, 0, 4)] == [True] * 4
+    done.clear()
+    compiler.get(5)
+    assert done.wait(60)
+    assert calls == [1, 1]
+    compiler.close()
+
+
+def test_what_is_hidden_from_the_garbage_collector_stays_until_it_is_shown_again():
+    kept = [{"key": number} for number in range(1000)]
+    before = gc.get_freeze_count()
+    freeze_heap()
+    try:
+        assert gc.get_freeze_count() > before + 1000
+        assert not any(x is kept for x in gc.get_objects())
+    finally:
+        gc.unfreeze()
+    assert any(x is kept for x in gc.get_objects())
 
 
 def test_program_that_ends_early_waits_for_the_compilation_under_way():

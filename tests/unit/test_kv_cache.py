@@ -20,7 +20,7 @@ def compute(kv: KVCacheManager, request: Request) -> list[int]:
     pages, _ = kv.get_computed_pages(request)
     assert kv.allocate(request, request.num_tokens, pages)
     kv.cache_full_pages(request, request.num_tokens)
-    return kv.pages_of(request.request_id)
+    return request.page_ids
 
 
 class TestBlockPool:
@@ -109,8 +109,7 @@ class TestPrefix:
     def test_each_block_is_hashed_once(self):
         request = make_request(prompt=[1, 2, 3, 4])
         first = extend_block_hashes(request, 2, 2)[1]
-        request.append_output_token(5)
-        request.append_output_token(6)
+        request.all_token_ids += [5, 6]
         hashes = extend_block_hashes(request, 2, 3)
         assert hashes is request.block_hashes
         assert hashes[1] is first
@@ -122,7 +121,7 @@ class TestManager:
     def test_allocates_pages_as_tokens_come(self):
         kv, request = KVCacheManager(4, block_size=4), make_request()
         assert kv.allocate(request, 4)
-        pages = kv.pages_of("r")
+        pages = request.page_ids
         assert len(pages) == 1
         assert kv.allocate(request, 4)
         assert len(pages) == 1
@@ -131,19 +130,19 @@ class TestManager:
         assert kv.usage == 0.5
         kv.free(request)
         assert len(pages) == 2  # a batch that holds the list still sees its pages
-        assert kv.pages_of("r") == []
+        assert request.page_ids == []
         assert (kv.usage, kv.num_free_pages) == (0, 4)
         kv.free(request)  # nothing held, nothing done
 
     def test_all_or_nothing(self):
-        kv = KVCacheManager(2, block_size=4)
-        assert not kv.allocate(make_request(), 9)
+        kv, r, s = KVCacheManager(2, block_size=4), make_request("r"), make_request("s")
+        assert not kv.allocate(r, 9)
         assert kv.num_free_pages == 2
-        assert kv.allocate(make_request(), 8)
-        assert not kv.allocate(make_request(), 9)
-        assert len(kv.pages_of("r")) == 2
-        assert not kv.allocate(make_request("s"), 1)
-        assert kv.pages_of("s") == []
+        assert kv.allocate(r, 8)
+        assert not kv.allocate(r, 9)
+        assert len(r.page_ids) == 2
+        assert not kv.allocate(s, 1)
+        assert s.page_ids == []
 
     def test_shares_a_prefix(self):
         kv = KVCacheManager(8, block_size=4)
@@ -194,7 +193,7 @@ class TestManager:
         assert not kv.allocate(b, 16, found)
         assert kv.num_free_pages == 3
         assert kv.allocate(b, 12, found)
-        assert kv.pages_of("b")[:2] == pages
+        assert b.page_ids[:2] == pages
 
     def test_only_full_known_pages_are_offered(self):
         kv, request = KVCacheManager(8, block_size=4), make_request("a", range(10))
@@ -203,8 +202,7 @@ class TestManager:
         assert kv.get_computed_pages(make_request("b", range(10)))[1] == 4
         kv.cache_full_pages(request, 10)
         assert kv.get_computed_pages(make_request("b", range(10)))[1] == 8
-        for token_id in (10, 11):
-            request.append_output_token(token_id)
+        request.all_token_ids += [10, 11]
         kv.cache_full_pages(request, 12)
         assert kv.get_computed_pages(make_request("b", range(13)))[1] == 12
 

@@ -60,27 +60,32 @@ class Device:
     tokens: dict[Request, list[int]] = field(default_factory=dict)  # what it has sampled, for the checks
 
     def run(self, batch: ScheduledBatch) -> list[list[int]]:
+        runs = [self.run_once(batch, index) for index in range(batch.num_steps)]
+        return [[token_id for tokens in own for token_id in tokens] for own in zip(*runs, strict=True)]
+
+    def run_once(self, batch: ScheduledBatch, index: int) -> list[list[int]]:
         # All reads come before all writes: within a step, no request may rely on what another one writes.
-        contents = [self.read(seq.request, seq.page_ids, seq.start) for seq in batch.sequences]
+        contents = [self.read(seq.request, seq.page_ids, seq.start + index) for seq in batch.sequences]
         sampled: list[list[int]] = []
         for seq, content in zip(batch.sequences, contents, strict=True):
-            request, end = seq.request, seq.start + seq.num_new_tokens
-            if seq.new_in_slot:
+            request, start = seq.request, seq.start + index
+            end = start + seq.num_new_tokens
+            if seq.new_in_slot and not index:
                 self.last_token[seq.slot] = request, -1
             assert self.last_token[seq.slot][0] is request, "the slot's state belongs to another request"
-            if seq.token_on_device:
+            if seq.token_on_device or index:
                 assert seq.num_new_tokens == 1
                 inputs = [self.last_token[seq.slot][1]]
             else:
-                inputs = request.all_token_ids[seq.start : end]
+                inputs = request.all_token_ids[start:end]
             assert len(inputs) == seq.num_new_tokens
-            for position, token_id in enumerate(inputs, seq.start):
+            for position, token_id in enumerate(inputs, start):
                 content = chain(content, token_id)
                 page = seq.page_ids[position // self.block_size]
                 self.pages.setdefault(page, [0] * self.block_size)[position % self.block_size] = content
             outputs = self.tokens.setdefault(request, [])
             assert seq.samples == (end == request.num_prompt_tokens + len(outputs))
-            assert seq.num_output_tokens == len(outputs)
+            assert seq.num_output_tokens + index == len(outputs)
             sampled.append([next_token(content)] if seq.samples else [])
             if seq.samples:
                 outputs += sampled[-1]
@@ -133,7 +138,7 @@ class Simulation:
         self.limit = min(max_model_len, num_pages * self.block_size)
         self.prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(0, 16))] for _ in range(2)]
         self.to_add = rng.randint(1, 12)
-        self.num_steps = 0
+        self.num_steps = self.num_repeats = 0
 
     def add(self) -> None:
         rng = self.rng
@@ -188,7 +193,10 @@ class Simulation:
 
     def step(self) -> None:
         bound = self.rng.randint(1, 12) if self.with_events and self.rng.random() < 0.1 else None
-        batch = self.scheduler.schedule(bound)
+        repeat = self.rng.choice([1, 2, 4])
+        repeat = repeat if repeat > 1 and self.scheduler.may_repeat(repeat, bound) else 1
+        self.num_repeats += repeat - 1
+        batch = self.scheduler.schedule(bound, repeat)
         if batch is None:
             in_flight_or_bounded = self.in_flight or (bound and not self.config.enable_chunked_prefill)
             assert not self.live or in_flight_or_bounded, "unfinished requests, but nothing is scheduled"
@@ -198,7 +206,7 @@ class Simulation:
         self.check()
         for request in self.live.values():
             if request.slot >= 0:
-                self.device.read(request, self.kv.pages_of(request.request_id), request.num_computed_tokens)
+                self.device.read(request, request.page_ids, request.num_computed_tokens)
         if self.in_flight and (batch is None or len(self.in_flight) > self.run_ahead):
             self.update()
 
@@ -207,7 +215,9 @@ class Simulation:
         for update in self.scheduler.update(batch, sampled):
             request = batch.sequences[update.index].request
             assert update.request is request
-            assert update.new_token_ids == sampled[update.index]
+            taken = sampled[update.index][: len(update.new_token_ids)]
+            assert update.new_token_ids == taken
+            assert update.finished or taken == sampled[update.index]
             assert update.finished == request.status.is_finished
             assert self.live[request.request_id] is request, "an update for a finished request"
             if update.finished:
@@ -225,8 +235,9 @@ class Simulation:
         assert len(set(requests)) == len(requests)
         assert all(seq.request.status is RequestStatus.RUNNING for seq in batch.sequences)
         for seq in batch.sequences:
-            assert len(seq.page_ids) * self.block_size >= seq.start + seq.num_new_tokens
-            assert seq.page_ids is self.kv.pages_of(seq.request.request_id)
+            assert len(seq.page_ids) * self.block_size >= seq.start + seq.num_new_tokens + batch.num_steps - 1
+            assert batch.num_steps == 1 or (seq.samples and seq.num_new_tokens == 1)
+            assert seq.page_ids is seq.request.page_ids
             threshold = self.config.long_prefill_token_threshold
             assert not threshold or seq.num_new_tokens <= threshold
         if self.config.policy == "fcfs" and bound is None:
@@ -239,13 +250,12 @@ class Simulation:
         pool, live = self.kv.pool, self.live.values()
         holders: Counter[int] = Counter()
         for request in live:
-            pages = self.kv.pages_of(request.request_id)
+            pages = request.page_ids
             assert len(set(pages)) == len(pages)
             assert (request.status is RequestStatus.RUNNING) == (request.slot >= 0) == bool(pages)
             holders.update(pages)
         assert pool.ref_counts == [holders[page] for page in range(pool.num_pages)]
         assert set(pool._free) == {page for page in range(pool.num_pages) if not holders[page]}
-        assert set(self.kv._holdings) == {request.request_id for request in live if request.slot >= 0}
         slots = [request.slot for request in live if request.slot >= 0] + self.scheduler._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs))
         assert self.scheduler.num_running + self.scheduler.num_waiting == len(live)
@@ -300,11 +310,13 @@ def test_workloads_reach_the_hard_cases():
         simulation = Simulation(random.Random(seed), run_ahead=1).run()
         seen["preemptions"] += simulation.scheduler.num_preemptions
         seen["hits"] += simulation.kv.prefix_hits
+        seen["repeats"] += simulation.num_repeats
         for request in simulation.requests:
             seen[request.status] += 1
             seen["full"] += request.num_tokens == simulation.kv.num_pages * simulation.block_size
     assert seen["preemptions"] > 40
     assert seen["hits"] > 100
+    assert seen["repeats"] > 100
     assert seen["full"] > 3
     assert all(seen[status] > 5 for status in RequestStatus if status.is_finished and status.finish_reason != "error")
 
