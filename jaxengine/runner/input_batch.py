@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 from jaxengine.runner.buckets import Bucket
+from jaxengine.sampling.filters import FEW
 from jaxengine.sampling.sampler import (
     BAD_WORDS,
     FILTER,
@@ -20,6 +21,7 @@ from jaxengine.sampling.sampler import (
     PROCESSORS,
     RANDOM,
     TOKEN_RULES,
+    WIDE,
     SamplingRows,
 )
 from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
@@ -197,6 +199,8 @@ def request_features(params) -> int:
         features |= RANDOM
         if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
             features |= FILTER
+        if not 0 < params.top_k <= FEW:
+            features |= WIDE
     if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
         features |= PENALTIES
     if params.logit_bias or params.allowed_token_ids is not None:

@@ -44,6 +44,7 @@ from jaxengine.sampling.sampler import (
     MIN_TOKENS,
     RANDOM,
     USES_STATE,
+    WIDE,
     LogitsProcessor,
     feature_set,
 )
@@ -119,6 +120,10 @@ class ModelRunner:
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._processors: tuple[LogitsProcessor, ...] = config.logits_processors
+        # Devices that share the vocabulary would exchange logits to find the largest few.
+        is_shared = self.model_config.tensor_parallel_size > 1
+        self._always_wanted = WIDE if is_shared else 0
+        self._features = [features for features in FEATURE_SETS if features & WIDE or not is_shared]
         self.num_pages = config.num_pages or least_of_all_processes(
             num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None, bytes_in_use)
         )
@@ -152,7 +157,7 @@ class ModelRunner:
         order = warmup_order(self.buckets)
         keys: list[ProgramKey] = [*order[:LAZY_SHAPES], SetSlotKey()]
         for bucket in order:
-            keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in FEATURE_SETS)]
+            keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self._processors) for features in self._features)]
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
         keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))
@@ -323,7 +328,7 @@ class ModelRunner:
             wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
             return step.tokens, None
-        features = feature_set(wanted)
+        features = feature_set(wanted | self._always_wanted)
         sampler = self._compiler.get(SamplerKey(layout.num_seqs, features, self._processors))
         state = self._state if features == EVERY_FEATURE else None
         args = state, self._last_token, outputs.logits, self._put_own(rows)

@@ -7,6 +7,51 @@ from jax.sharding import PartitionSpec
 
 from jaxengine.sharding.mesh import MODEL, model_axis_size
 
+FEW = 64
+"""A row whose `top_k` is at most this needs no more than its `top_few`."""
+GROUPS = 128, 16
+"""Neighbours that are looked at together: in the search for the largest few, and in what that leaves."""
+BITS = 4
+"""Of a threshold, that accelerators find in one pass over the logits."""
+
+
+def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `FEW` largest of each row; of equal ones any may be left out.
+
+    They are in the `FEW` groups of neighbours whose maxima are largest, so it takes one pass over the logits, and the
+    sorting of some hundred numbers.
+
+    Args:
+      logits: f32[S, V].
+
+    Returns:
+      f32[S, FEW], descending, and their columns, i32[S, FEW]; V of each if V is less.
+    """
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32), logits.shape)
+    values = logits
+    for size in GROUPS:
+        if values.shape[1] > FEW * size:
+            padding = (0, 0), (0, -values.shape[1] % size)
+            groups = jnp.pad(values, padding, constant_values=-jnp.inf).reshape(len(values), -1, size)
+            groups_ids = jnp.pad(ids, padding).reshape(groups.shape)
+            chosen = lax.top_k(groups.max(axis=-1), FEW)[1][:, :, None]
+            values = jnp.take_along_axis(groups, chosen, axis=1).reshape(len(values), -1)
+            ids = jnp.take_along_axis(groups_ids, chosen, axis=1).reshape(values.shape)
+    values, places = lax.top_k(values, min(FEW, values.shape[1]))
+    return values, jnp.take_along_axis(ids, places, axis=1)
+
+
+def filter_few(values: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """`filter_logits` of a row's `top_few`, f32[S, n], where `top_k` is 1 to n: compares each pair of them."""
+    values = jnp.where(values - values.max(axis=-1, keepdims=True) >= jnp.log(min_p)[:, None], values, -jnp.inf)
+    is_greater = values[:, None, :] > values[:, :, None]  # [S, n, n], whether the last axis's is
+    kept = is_greater.sum(axis=-1) < top_k[:, None]
+    weights = jnp.where(kept, jnp.exp(values - values.max(axis=-1, keepdims=True)), 0.0)
+    mass_above = jnp.where(is_greater, weights[:, None, :], 0.0).sum(axis=-1)
+    mass = top_p * weights.sum(axis=-1)
+    kept &= (mass_above < mass[:, None]) | (top_p >= 1.0)[:, None]
+    return jnp.where(kept, values, -jnp.inf)
+
 
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """Sets to -inf what the three filters leave out, in vLLM's order: min-p, then top-k, then top-p of what is left.
@@ -40,9 +85,10 @@ def _sortable(x: jax.Array) -> jax.Array:
 
 def _threshold(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """Largest t with sum(weights where keys >= t) >= target, for each row: u32[S]."""
-    # On a CPU the comparisons take the time, so 1 bit a pass, in a loop. On accelerators it is memory and launches: 4
-    # bits, 15 sums in a pass, and no loop, since a GPU's host would launch the passes of a loop one by one.
-    return lax.platform_dependent(keys, weights, target, cpu=_bit_by_bit, default=_four_bits_at_a_time)
+    # On a CPU the comparisons take the time, so 1 bit a pass, in a loop. On accelerators it is memory and launches:
+    # several bits, a sum for each of their values in a pass, and no loop, since a GPU's host would launch the passes of
+    # a loop one by one.
+    return lax.platform_dependent(keys, weights, target, cpu=_bit_by_bit, default=_several_bits_at_a_time)
 
 
 def _bit_by_bit(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -54,10 +100,10 @@ def _bit_by_bit(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.A
     return lax.fori_loop(0, 32, set_bit, jnp.zeros(keys.shape[0], jnp.uint32))
 
 
-def _four_bits_at_a_time(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def _several_bits_at_a_time(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     found = jnp.zeros(keys.shape[0], jnp.uint32)
-    for shift in range(28, -1, -4):
-        candidates = [found | jnp.uint32(digit << shift) for digit in range(1, 16)]
+    for shift in reversed(range(0, 32, BITS)):
+        candidates = [found | jnp.uint32(digit << shift) for digit in range(1, 2 ** min(BITS, 32 - shift))]
         above = _sums([jnp.where(keys >= candidate[:, None], weights, 0.0) for candidate in candidates])
         # Sums fall as candidates rise: as many digits as have sums that are large enough.
         digit = sum((x >= target).astype(jnp.uint32) for x in above)

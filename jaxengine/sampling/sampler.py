@@ -3,9 +3,10 @@
 The order is vLLM's: banned tokens and logit bias, bad words, min_tokens, the user's processors, penalties; then argmax,
 or temperature, min-p, top-k, top-p and a draw. Log probabilities are those of the unchanged logits.
 
-The sampler is compiled for sets of features: random draws, those with filters, and everything. In the last, parts that
-no row of the step asks for are skipped at run time (`lax.cond`). The first two, which most requests need, do without:
-on a GPU the host waits for a condition's outcome, and the device then for the host.
+The sampler is compiled for sets of features: random draws, those among few tokens (top-k), those with other filters,
+and everything. In the last, parts that no row of the step asks for are skipped at run time (`lax.cond`). The others,
+which most requests need, do without: on a GPU the host waits for a condition's outcome, and the device then for the
+host.
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
-from jaxengine.sampling.filters import filter_logits
+from jaxengine.sampling.filters import filter_few, filter_logits, top_few
 from jaxengine.sampling.logprobs import Logprobs, empty_logprobs, gather_logprobs
 from jaxengine.sampling.state import IN_PROMPT, IS_BANNED, IS_STOP, SamplingState
 from jaxengine.sharding.mesh import columns_in_place
@@ -31,11 +33,13 @@ MIN_TOKENS = 16  # stop tokens are still forbidden
 BAD_WORDS = 32
 LOGPROBS = 64
 PROCESSORS = 128
+WIDE = 256  # a random draw from more than `filters.FEW` tokens
 # Features that read a row of SamplingState.
 USES_STATE = PENALTIES | TOKEN_RULES | MIN_TOKENS | BAD_WORDS | PROCESSORS
-EVERY_FEATURE = USES_STATE | RANDOM | FILTER | LOGPROBS
+EVERY_FEATURE = USES_STATE | RANDOM | FILTER | LOGPROBS | WIDE
+AMONG_FEW = RANDOM | FILTER
 # What samplers are compiled for.
-FEATURE_SETS = (RANDOM, RANDOM | FILTER, EVERY_FEATURE)
+FEATURE_SETS = (RANDOM | WIDE, AMONG_FEW, RANDOM | FILTER | WIDE, EVERY_FEATURE)
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +129,10 @@ def sample(
       None unless `features` is EVERY_FEATURE.
     """
     if features != EVERY_FEATURE:
-        tokens = _draw(logits, rows, lambda x: _filter(x, rows) if features & FILTER else x)
+        if features == AMONG_FEW:
+            tokens = _draw_among_few(logits, rows)
+        else:
+            tokens = _draw(logits, rows, lambda x: _filter(x, rows) if features & FILTER else x)
         return None, record_last(tokens, rows, last_token), tokens, None
     assert state is not None
     wanted = jnp.bitwise_or.reduce(rows.features)
@@ -195,10 +202,34 @@ def _draw(logits, rows, filtered):
     scaled = logits / jnp.where(is_random, rows.temperature[:, None], 1.0)
 
     def noise(seed, position):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (logits.shape[-1],))
+        return jax.random.gumbel(_key(seed, position), (logits.shape[-1],))
 
     drawn = filtered(scaled) + jax.vmap(noise)(rows.seed, rows.position)
     return greedy(jnp.where(is_random, drawn, logits))
+
+
+def _draw_among_few(logits, rows):
+    """What `_draw` with filters gives where every random row has a `top_k` of at most `FEW`."""
+    is_random = rows.features & RANDOM != 0
+    values, ids = top_few(logits)
+    scaled = values / jnp.where(is_random, rows.temperature, 1.0)[:, None]
+    filtered = filter_few(scaled, rows.top_k, rows.top_p, rows.min_p)
+    drawn = filtered + jax.vmap(_gumbel_of)(jax.vmap(_key)(rows.seed, rows.position), ids)
+    chosen = jnp.take_along_axis(ids, drawn.argmax(axis=-1, keepdims=True), axis=1)[:, 0]
+    return jnp.where(is_random, chosen, greedy(logits)).astype(jnp.int32)
+
+
+def _key(seed, position):
+    return jax.random.fold_in(jax.random.key(seed), position)
+
+
+def _gumbel_of(key: jax.Array, ids: jax.Array) -> jax.Array:
+    """`jax.random.gumbel(key, (V,))[ids]`, computed for those alone: each number is a hash of the key and its index."""
+    count = jnp.concatenate([jnp.zeros_like(ids), ids]).astype(jnp.uint32)
+    high, low = jnp.split(threefry_2x32(jax.random.key_data(key), count), 2)
+    mantissa = (high ^ low) >> 9  # 23 bits, of a number in [1, 2)
+    uniform = lax.bitcast_convert_type(mantissa | jnp.uint32(0x3F800000), jnp.float32) - 1.0
+    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
 
 
 def _record(tokens, rows, state):

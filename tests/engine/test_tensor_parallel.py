@@ -171,7 +171,7 @@ def thresholds(size: int) -> list[list[int]]:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1024)) * 3, jnp.float32)
     keys, k = filters._sortable(logits), jnp.asarray([1, 40, 1024], jnp.float32)
     with jax.set_mesh(make_mesh(1, size)):
-        place, search = columns_in_place, filters._four_bits_at_a_time
+        place, search = columns_in_place, filters._several_bits_at_a_time
         find = jax.jit(lambda keys, weights, target: search(place(keys), place(weights), target))
         # Numbers of tokens, and powers of two: sums that are exact in any order.
         found = [find(keys, jnp.ones_like(logits), k), find(keys, 2.0 ** jnp.round(logits), 16.0 * k)]

@@ -10,7 +10,7 @@ import pytest
 from jaxengine.engine.request import Request
 from jaxengine.runner.input_batch import request_features
 from jaxengine.sampling import filters
-from jaxengine.sampling.filters import filter_logits
+from jaxengine.sampling.filters import FEW, filter_logits, top_few
 from jaxengine.sampling.logprobs import gather_logprobs, top_k
 from jaxengine.sampling.sampler import (
     EVERY_FEATURE,
@@ -19,6 +19,7 @@ from jaxengine.sampling.sampler import (
     MIN_TOKENS,
     PROCESSORS,
     RANDOM,
+    WIDE,
     SamplingRows,
     feature_set,
     mask_logits,
@@ -58,7 +59,7 @@ def test_filters_keep_what_sorting_keeps(top_k, top_p, min_p):
     np.testing.assert_array_equal(got[finite], logits[finite])
 
 
-@pytest.mark.parametrize("find", [filters._bit_by_bit, filters._four_bits_at_a_time])
+@pytest.mark.parametrize("find", [filters._bit_by_bit, filters._several_bits_at_a_time])
 def test_thresholds_are_exact(find):
     rng = np.random.default_rng(2)
     keys = rng.integers(0, 2**32, (7, 333), dtype=np.uint32)
@@ -202,7 +203,7 @@ def test_every_rule_in_one_batch_matches_plain_python():
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch():
     random_row = make_params(temperature=1.3, seed=7, top_p=0.9)
-    alone = run_rows([random_row], seed=3, features=RANDOM | FILTER)[1]
+    alone = run_rows([random_row], seed=3, features=RANDOM | FILTER | WIDE)[1]
     batch = run_rows([random_row, *GREEDY_ROWS, make_params(temperature=1.0, seed=8)], seed=3)[1]
     for one, many in zip(alone, batch, strict=True):
         for logits, _, tokens in (one, many):
@@ -215,7 +216,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch():
 
 def test_a_greedy_row_among_random_ones_gets_its_argmax():
     for features in FEATURE_SETS:
-        rows = [make_params(), make_params(temperature=5.0, seed=1)]
+        rows = [make_params(), make_params(temperature=5.0, seed=1, top_k=FEW)]
         _, drawn, _, _ = run_rows(rows, features=features)
         assert all(tokens[0] == np.argmax(logits[0]) for logits, _, tokens in drawn)
         assert any(tokens[1] != np.argmax(logits[1]) for logits, _, tokens in drawn)
@@ -235,7 +236,73 @@ def test_masks_of_packed_bits(vocab_size):
 
 
 def test_the_smallest_sampler_is_chosen():
-    assert [feature_set(wanted) for wanted in (RANDOM, RANDOM | FILTER, MIN_TOKENS)] == list(FEATURE_SETS)
+    wanted = (RANDOM | WIDE, RANDOM | FILTER, RANDOM | FILTER | WIDE, MIN_TOKENS)
+    assert [feature_set(x) for x in wanted] == list(FEATURE_SETS)
+    assert feature_set(RANDOM) == RANDOM | WIDE  # what masks of grammars ask for
+    few, many = {"temperature": 1.0, "top_k": FEW}, {"temperature": 1.0, "top_k": FEW + 1}
+    for params, features in (
+        (few, RANDOM | FILTER),
+        (few | {"top_p": 0.9, "min_p": 0.1}, RANDOM | FILTER),
+        (many, RANDOM | FILTER | WIDE),
+        ({"temperature": 1.0, "top_p": 0.9}, RANDOM | FILTER | WIDE),
+        ({"temperature": 1.0}, RANDOM | WIDE),
+    ):
+        assert feature_set(request_features(make_params(**params))) == features
+
+
+@pytest.mark.parametrize("vocab_size", [5, 64, 8192, 8193, 20_000])
+def test_the_largest_few(vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    logits = rng.permuted(np.tile(np.linspace(-9, 9, vocab_size, dtype=np.float32), (6, 1)), axis=1)
+    logits[1] = np.sort(logits[1])  # all of them neighbours
+    logits[2, :-3] = -np.inf
+    values, ids = jax.jit(top_few)(logits)
+    want = -np.sort(-logits, axis=1)[:, :FEW]
+    np.testing.assert_array_equal(values, want)
+    found = np.take_along_axis(logits, np.asarray(ids), axis=1)
+    np.testing.assert_array_equal(np.where(want == -np.inf, want, found), want)
+
+
+def test_a_draw_among_few_is_that_among_all():
+    vocab_size, num = 20_001, 40
+    rng = np.random.default_rng(0)
+    params = [
+        make_params(
+            temperature=0.0 if i % 8 == 7 else rng.choice([0.5, 1.0, 3.0]),
+            top_k=int(rng.choice([1, 2, 20, FEW])),
+            top_p=rng.choice([0.3, 0.9, 1.0]),
+            min_p=rng.choice([0.0, 0.05]),
+        )
+        for i in range(num)
+    ]
+
+    def field(read, dtype):
+        return jnp.asarray([read(p) for p in params], dtype)
+
+    rows = SamplingRows(
+        slot=jnp.arange(num, dtype=jnp.int32),
+        samples=jnp.ones(num, jnp.int32),
+        features=field(request_features, jnp.int32),
+        processors=jnp.zeros(num, jnp.int32),
+        seed=jnp.arange(num, dtype=jnp.int32),
+        position=jnp.arange(num, dtype=jnp.int32) % 5,
+        top_k=field(lambda p: p.top_k, jnp.int32),
+        temperature=field(lambda p: p.temperature or 1.0, jnp.float32),
+        top_p=field(lambda p: p.top_p, jnp.float32),
+        min_p=field(lambda p: p.min_p, jnp.float32),
+        **{n: jnp.ones(num) for n in ("repetition", "presence", "frequency")},
+    )
+    last_token = jnp.zeros(num, jnp.int32)
+    draws = [
+        jax.jit(functools.partial(sample, features=features, processors=(), num_top=1))
+        for features in (RANDOM | FILTER, RANDOM | FILTER | WIDE)
+    ]
+    for _ in range(3):
+        logits = rng.normal(size=(num, vocab_size)).astype(np.float32) * 3
+        few, all_ = (np.asarray(draw(logits, rows, None, last_token)[2]) for draw in draws)
+        np.testing.assert_array_equal(few, all_)
+        assert (few[7::8] == logits.argmax(axis=1)[7::8]).all()
+        assert (few != logits.argmax(axis=1)).sum() > num // 8
 
 
 def test_draws_follow_the_distribution():
@@ -253,7 +320,7 @@ def test_draws_follow_the_distribution():
     )
     last_token = jnp.zeros(1, jnp.int32)
     _, _, tokens, _ = sample(
-        jnp.tile(logits, (num, 1)), rows, None, last_token, features=RANDOM, processors=(), num_top=1
+        jnp.tile(logits, (num, 1)), rows, None, last_token, features=RANDOM | WIDE, processors=(), num_top=1
     )
     shares = np.bincount(np.asarray(tokens), minlength=4) / num
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
