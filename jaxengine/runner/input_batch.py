@@ -15,6 +15,7 @@ from jaxengine.sampling.filters import FEW
 from jaxengine.sampling.sampler import (
     BAD_WORDS,
     FILTER,
+    LARGE_K,
     LOGPROBS,
     MIN_TOKENS,
     PENALTIES,
@@ -201,6 +202,8 @@ def request_features(params) -> int:
             features |= FILTER
         if not 0 < params.top_k <= FEW:
             features |= WIDE
+        if params.top_k > FEW:
+            features |= LARGE_K
     if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
         features |= PENALTIES
     if params.logit_bias or params.allowed_token_ids is not None:

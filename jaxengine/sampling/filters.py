@@ -1,5 +1,7 @@
 """Top-k, top-p and min-p without sorting the vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,8 +13,8 @@ FEW = 64
 """A row whose `top_k` is at most this needs no more than its `top_few`."""
 GROUPS = 128, 16
 """Neighbours that are looked at together: in the search for the largest few, and in what that leaves."""
-BITS = 4
-"""Of a threshold, that accelerators find in one pass over the logits."""
+BITS = 2
+"""Of a threshold, found in one pass over the logits on accelerators: 3 sums take no longer than to read them."""
 
 
 def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,27 +55,39 @@ def filter_few(values: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax
     return jnp.where(kept, values, -jnp.inf)
 
 
-def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+def filter_logits(
+    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, *, has_small_k: bool = False
+) -> jax.Array:
     """Sets to -inf what the three filters leave out, in vLLM's order: min-p, then top-k, then top-p of what is left.
 
-    A kept set is always "every token at or above a threshold", so ties with the last one are kept too. The threshold is
-    found a few bits at a time, in passes over the logits, for every row at once, and exact.
+    A kept set is always "every token at or above a threshold", so ties with the last one are kept too. The threshold, a
+    logit for top-k and a probability for top-p, is found a few bits at a time, in passes over the logits, for every row
+    at once, and exact.
 
     Args:
       logits: f32[S, V], already divided by the temperature.
       top_k: i32[S]; 0 or V for all.
       top_p: f32[S] in (0, 1].
       min_p: f32[S] in [0, 1].
+      has_small_k: whether every `top_k` is 0, or at most `FEW`, which is cheaper.
     """
     vocab_size = logits.shape[-1]
     top = logits.max(axis=-1, keepdims=True)
     logits = jnp.where(logits - top >= jnp.log(min_p)[:, None], logits, -jnp.inf)
     k = jnp.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)
-    keys = _sortable(logits)
-    kept = keys >= _threshold(keys, jnp.ones_like(logits), k.astype(jnp.float32))[:, None]
-    weights = jnp.where(kept, jnp.exp(logits - top), 0.0)
+    if has_small_k and model_axis_size() == 1:  # devices that share the columns would exchange them
+        few = top_few(logits)[0]
+        last = jnp.take_along_axis(few, jnp.clip(k - 1, 0, few.shape[1] - 1)[:, None], axis=1)
+        kept = (logits >= last) | (k == vocab_size)[:, None]
+    else:
+        keys = _sortable(logits)
+        kept = keys >= _threshold(keys, jnp.ones_like(logits), k.astype(jnp.float32), num_bits=32)[:, None]
+    logits = jnp.where(kept, logits, -jnp.inf)
+    weights = jnp.exp(logits - top)
     mass = top_p * weights.sum(axis=-1)
-    kept &= (keys >= _threshold(keys, weights, mass)[:, None]) | (top_p >= 1.0)[:, None]
+    # The bits of floats from 0 to 1 are in their order, and 30. So each pass reads one array, and not the logits too.
+    keys = lax.bitcast_convert_type(weights, jnp.uint32)
+    kept = (keys >= _threshold(keys, weights, mass, num_bits=30)[:, None]) | (top_p >= 1.0)[:, None]
     return jnp.where(kept, logits, -jnp.inf)
 
 
@@ -83,27 +97,28 @@ def _sortable(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _threshold(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """Largest t with sum(weights where keys >= t) >= target, for each row: u32[S]."""
+def _threshold(keys: jax.Array, weights: jax.Array, target: jax.Array, *, num_bits: int) -> jax.Array:
+    """Largest t with sum(weights where keys >= t) >= target, for each row of keys of so many bits: u32[S]."""
     # On a CPU the comparisons take the time, so 1 bit a pass, in a loop. On accelerators it is memory and launches:
     # several bits, a sum for each of their values in a pass, and no loop, since a GPU's host would launch the passes of
     # a loop one by one.
-    return lax.platform_dependent(keys, weights, target, cpu=_bit_by_bit, default=_several_bits_at_a_time)
+    by_platform = [functools.partial(find, num_bits=num_bits) for find in (_bit_by_bit, _several_bits_at_a_time)]
+    return lax.platform_dependent(keys, weights, target, cpu=by_platform[0], default=by_platform[1])
 
 
-def _bit_by_bit(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def _bit_by_bit(keys: jax.Array, weights: jax.Array, target: jax.Array, *, num_bits: int = 32) -> jax.Array:
     def set_bit(i, t):
-        candidate = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        candidate = t | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
         above = jnp.where(keys >= candidate[:, None], weights, 0.0).sum(axis=-1)
         return jnp.where(above >= target, candidate, t)
 
-    return lax.fori_loop(0, 32, set_bit, jnp.zeros(keys.shape[0], jnp.uint32))
+    return lax.fori_loop(0, num_bits, set_bit, jnp.zeros(keys.shape[0], jnp.uint32))
 
 
-def _several_bits_at_a_time(keys: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def _several_bits_at_a_time(keys: jax.Array, weights: jax.Array, target: jax.Array, *, num_bits: int = 32) -> jax.Array:
     found = jnp.zeros(keys.shape[0], jnp.uint32)
-    for shift in reversed(range(0, 32, BITS)):
-        candidates = [found | jnp.uint32(digit << shift) for digit in range(1, 2 ** min(BITS, 32 - shift))]
+    for shift in reversed(range(0, num_bits, BITS)):
+        candidates = [found | jnp.uint32(digit << shift) for digit in range(1, 2 ** min(BITS, num_bits - shift))]
         above = _sums([jnp.where(keys >= candidate[:, None], weights, 0.0) for candidate in candidates])
         # Sums fall as candidates rise: as many digits as have sums that are large enough.
         digit = sum((x >= target).astype(jnp.uint32) for x in above)

@@ -3,10 +3,10 @@
 The order is vLLM's: banned tokens and logit bias, bad words, min_tokens, the user's processors, penalties; then argmax,
 or temperature, min-p, top-k, top-p and a draw. Log probabilities are those of the unchanged logits.
 
-The sampler is compiled for sets of features: random draws, those among few tokens (top-k), those with other filters,
-and everything. In the last, parts that no row of the step asks for are skipped at run time (`lax.cond`). The others,
-which most requests need, do without: on a GPU the host waits for a condition's outcome, and the device then for the
-host.
+The sampler is compiled for sets of features: random draws, those among few tokens (top-k), those with other filters
+but a large top-k, and everything. In the last, parts that no row of the step asks for are skipped at run time
+(`lax.cond`). The others, which most requests need, do without: on a GPU the host waits for a condition's outcome, and
+the device then for the host.
 """
 
 import dataclasses
@@ -33,10 +33,11 @@ MIN_TOKENS = 16  # stop tokens are still forbidden
 BAD_WORDS = 32
 LOGPROBS = 64
 PROCESSORS = 128
-WIDE = 256  # a random draw from more than `filters.FEW` tokens
+WIDE = 256  # a random draw from what may be more than `filters.FEW` tokens
+LARGE_K = 512  # top_k above `filters.FEW`
 # Features that read a row of SamplingState.
 USES_STATE = PENALTIES | TOKEN_RULES | MIN_TOKENS | BAD_WORDS | PROCESSORS
-EVERY_FEATURE = USES_STATE | RANDOM | FILTER | LOGPROBS | WIDE
+EVERY_FEATURE = USES_STATE | RANDOM | FILTER | LOGPROBS | WIDE | LARGE_K
 AMONG_FEW = RANDOM | FILTER
 # What samplers are compiled for.
 FEATURE_SETS = (RANDOM | WIDE, AMONG_FEW, RANDOM | FILTER | WIDE, EVERY_FEATURE)
@@ -132,7 +133,7 @@ def sample(
         if features == AMONG_FEW:
             tokens = _draw_among_few(logits, rows)
         else:
-            tokens = _draw(logits, rows, lambda x: _filter(x, rows) if features & FILTER else x)
+            tokens = _draw(logits, rows, lambda x: _filter(x, rows, has_small_k=True) if features & FILTER else x)
         return None, record_last(tokens, rows, last_token), tokens, None
     assert state is not None
     wanted = jnp.bitwise_or.reduce(rows.features)
@@ -192,8 +193,8 @@ def _penalise(logits, rows, state):
     return logits - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
 
 
-def _filter(scaled, rows):
-    return filter_logits(scaled, rows.top_k, rows.top_p, rows.min_p)
+def _filter(scaled, rows, *, has_small_k=False):
+    return filter_logits(scaled, rows.top_k, rows.top_p, rows.min_p, has_small_k=has_small_k)
 
 
 def _draw(logits, rows, filtered):

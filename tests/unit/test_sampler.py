@@ -52,11 +52,12 @@ def kept_by_numpy(logits, top_k, top_p, min_p):
 def test_filters_keep_what_sorting_keeps(top_k, top_p, min_p):
     logits = np.random.default_rng(0).normal(size=(6, VOCAB)).astype(np.float32) * 2
     rows = [jnp.full(6, x, d) for x, d in ((top_k, jnp.int32), (top_p, jnp.float32), (min_p, jnp.float32))]
-    got = np.asarray(jax.jit(filter_logits)(logits, *rows))
-    for row in range(6):
-        assert set(np.flatnonzero(np.isfinite(got[row]))) == kept_by_numpy(logits[row], top_k, top_p, min_p)
-    finite = np.isfinite(got)
-    np.testing.assert_array_equal(got[finite], logits[finite])
+    for has_small_k in (False, True) if top_k <= FEW else (False,):
+        got = np.asarray(jax.jit(functools.partial(filter_logits, has_small_k=has_small_k))(logits, *rows))
+        for row in range(6):
+            assert set(np.flatnonzero(np.isfinite(got[row]))) == kept_by_numpy(logits[row], top_k, top_p, min_p)
+        finite = np.isfinite(got)
+        np.testing.assert_array_equal(got[finite], logits[finite])
 
 
 @pytest.mark.parametrize("find", [filters._bit_by_bit, filters._several_bits_at_a_time])
@@ -243,7 +244,7 @@ def test_the_smallest_sampler_is_chosen():
     for params, features in (
         (few, RANDOM | FILTER),
         (few | {"top_p": 0.9, "min_p": 0.1}, RANDOM | FILTER),
-        (many, RANDOM | FILTER | WIDE),
+        (many, EVERY_FEATURE),
         ({"temperature": 1.0, "top_p": 0.9}, RANDOM | FILTER | WIDE),
         ({"temperature": 1.0}, RANDOM | WIDE),
     ):
