@@ -27,6 +27,7 @@ MODEL_HELP = (
 )
 DUMMY_MAX_MODEL_LEN = 4608
 """Of a model without its weights, unless given: what the other engines were measured with."""
+MAX_MODEL_LEN_NOTE = f"what the model allows; with dummy weights {DUMMY_MAX_MODEL_LEN}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,15 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     startup = kinds.add_parser(
         "startup",
         help="start fresh processes: seconds to the first token",
-        usage="%(prog)s [--model MODEL] [--warm-starts N] [--json FILE]",
+        usage="%(prog)s [--model MODEL] [--warm-starts N] [--json FILE] [other flags]",
         description="Starts `jaxengine generate` in fresh processes: once with an empty compilation cache, then with a "
-        "filled one.",
+        f"filled one. {MODEL_HELP}",
     )
-    startup.add_argument("--model", metavar="MODEL", help="as for generate (default: the default model)")
     startup.add_argument(
         "--warm-starts", type=int, default=1, metavar="N", help="starts with a filled cache (default: 1)"
     )
     add_report_flags(startup)
+    add_engine_flags(startup, {"max_model_len": MAX_MODEL_LEN_NOTE}, skip="compilation_cache_dir")
     startup.set_defaults(run=run_startup)
 
 
@@ -112,7 +113,7 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add_report_flags(parser)
     notes = {
         "enable_prefix_caching": "False: random prompts share nothing",
-        "max_model_len": f"what the model allows; with dummy weights {DUMMY_MAX_MODEL_LEN}",
+        "max_model_len": MAX_MODEL_LEN_NOTE,
     }
     add_engine_flags(parser, notes, skip="warmup")
 
@@ -212,15 +213,16 @@ def run_startup(args: argparse.Namespace) -> int:
     from jaxengine.bench.report import print_startup
     from jaxengine.bench.startup import measure_startup
 
+    given = with_dummy_model(engine_kwargs(args))
     status = Status(quiet=args.quiet)
     status.show("starting fresh processes ...")
     try:
-        results = measure_startup(["--model", args.model] if args.model else [], warm_starts=args.warm_starts)
+        results = measure_startup(given, warm_starts=args.warm_starts)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     finally:
         status.clear()
-    about = environment() | {"model": args.model or "the default model"}
+    about = environment() | {"model": getattr(args, "model", "the default model")}
     console = write_report(args, {"environment": about, "results": [dataclasses.asdict(result) for result in results]})
     if console is not None:
         print_startup(console, results, about)
@@ -229,7 +231,12 @@ def run_startup(args: argparse.Namespace) -> int:
 
 def bench_engine_args(given: dict[str, Any]) -> dict[str, Any]:
     """Engine arguments for a measurement: what was given, and the defaults that `add_arguments` tells."""
-    chosen = {"warmup": "full", "enable_prefix_caching": False, **given}
+    return with_dummy_model({"warmup": "full", "enable_prefix_caching": False, **given})
+
+
+def with_dummy_model(given: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments with what `MODEL_HELP` tells of dummy weights."""
+    chosen = dict(given)
     if chosen.get("load_format") == "dummy":
         name = chosen.get("model")
         chosen["model"] = str(model_configs().get(str(name), name)) if name is not None else None
