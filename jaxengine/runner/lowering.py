@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxengine.runner.arrays import StepArrays
 from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.runner.placement import abstract
+from jaxengine.runner.program_store import ProgramStore
 from jaxengine.runner.programs import (
     MaskKey,
     ProgramKey,
@@ -38,6 +39,7 @@ def lower(
     layouts: Mapping[Bucket, PackedLayout],
     arrays: StepArrays,
     num_pages: int,
+    store: ProgramStore | None = None,
 ) -> jax.stages.Lowered:
     """Lowers a program.
 
@@ -48,6 +50,7 @@ def lower(
         layouts: Of the steps' inputs.
         arrays: What a step needs beside the weights.
         num_pages: Pages of the cache of a shard.
+        store: Where programs of one device are looked for, and kept; None for several devices.
     """
     place, num_top, vocab_size = arrays.place, arrays.config.max_logprobs, arrays.vocab_size
     leaves = list(map(abstract, model.leaves, leaf_places))
@@ -91,10 +94,25 @@ def lower(
             args = state, arrays.own((1,)), values
             out_shardings = jax.tree.map(lambda x: x.sharding, state)
     function = place.of_every_shard(function, [i in shared for i in range(len(args))])
-    places = {} if place.mesh is None else {"out_shardings": out_shardings}
+    options: dict[str, Any] = {"donate_argnums": donated, "keep_unused": True}
+    if place.mesh is not None:
+        options["out_shardings"] = out_shardings
     with place.context():
-        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True, **places)
+        jitted = jax.jit(function, **options)
+        program = None if store is None else store.exported(key, jitted, args)
+        if program is not None:
+            jitted = jax.jit(_named(function.__name__, program.call), **options)
         return jitted.lower(*args)
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function by another name: that of the program in XLA's profiles."""
+
+    def call(*args):
+        return function(*args)
+
+    call.__name__ = name
+    return call
 
 
 def _set_own_slot(state: SamplingState, slots: jax.Array, values: SlotValues) -> SamplingState:

@@ -26,6 +26,7 @@ from jaxengine.runner.input_batch import PackedLayout, SlotTable, advance, order
 from jaxengine.runner.lowering import lower
 from jaxengine.runner.memory import keep_small_places, num_pages_that_fit
 from jaxengine.runner.placement import Placement, bytes_on_a_device
+from jaxengine.runner.program_store import open_store
 from jaxengine.runner.programs import (
     MaskKey,
     ProgramKey,
@@ -127,6 +128,7 @@ class ModelRunner:
         self.num_pages = config.num_pages or least_of_all_processes(
             num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None, bytes_in_use)
         )
+        self._store = open_store(config, self.num_pages) if mesh is None else None
         self._slots = [
             SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
             for _ in range(self._place.num_shards)
@@ -164,7 +166,7 @@ class ModelRunner:
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
-        lowered = lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages)
+        lowered = lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages, self._store)
         return lowered.compile(self._compiler_options())
 
     def weight_bytes(self) -> int:

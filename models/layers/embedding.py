@@ -27,7 +27,7 @@ class Embedding(nnx.Module):
         self.weight = parameter((num_rows, dim), (row_axis, axes.EMBED), dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:  # [T] -> [T, D]
-        """Looks rows up; ids out of range are clipped (they occur in padding only)."""
+        """Looks rows up; ids out of range are clipped (they occur in padding, and beyond the end of a request)."""
         size = model_axis_size()
         if not self.is_split or self.weight.shape[0] % size:
             size = 1

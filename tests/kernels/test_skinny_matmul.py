@@ -177,7 +177,9 @@ def test_what_has_a_kernel():
         assert not any(has_kernel((rows, 4096), shapes[1], "bfloat16") for rows in (1, 4, 12, 264))
         assert not has_kernel((64, 4000), (6144, 4000), "bfloat16")
         assert not has_kernel((64, 4096), (100, 4096), "bfloat16")
-        assert not has_kernel((64, 1024), (6144, 1024), "bfloat16", gated=True)  # small: left to XLA
+        # Small weights are left to XLA where few rows leave the host as what a step waits for.
+        small = [has_kernel((rows, 1024), (6144, 1024), "bfloat16", gated=True) for rows in (32, 48, 64, 128)]
+        assert small == [False, False, True, True]
         assert not has_kernel((2, 64, 4096), shapes[1], "bfloat16")
     for device, has in (
         ("NVIDIA H200", True),

@@ -1,0 +1,126 @@
+"""Keeps lowered programs on disk, beside the compiled ones, so that a warm start runs none of the Python behind them.
+
+JAX's own cache spares XLA's part of a compilation. The part before it, tracing a model and lowering its kernels, is
+Python that takes 3 to 6 s a step on a GPU, one step at a time: 70 steps are minutes. What comes of it is StableHLO, 400
+kB a step, which `jax.export` reads back in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+
+from jaxengine.config import EngineConfig
+from jaxengine.runner.programs import ProgramKey, SamplerKey
+from jaxengine.runner.steps import ForwardOutputs
+from jaxengine.sampling.logprobs import Logprobs
+from jaxengine.sampling.state import SamplingState, SlotValues
+
+logger = logging.getLogger(__name__)
+
+for kind in (ForwardOutputs, Logprobs, SlotValues):
+    export.register_namedtuple_serialization(kind, serialized_name=f"jaxengine.{kind.__name__}")
+export.register_pytree_node_serialization(
+    SamplingState,
+    serialized_name="jaxengine.SamplingState",
+    serialize_auxdata=lambda aux_data: b"",  # all fields are arrays
+    deserialize_auxdata=lambda content: (),
+    from_children=lambda aux_data, children: SamplingState(*children),
+)
+
+# Kernels of ours, which the same version of JAX that made them reads back.
+_KERNELS = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "tpu_custom_call")]
+# Of JAX: what it lowers depends on them.
+_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_default_prng_impl")
+
+
+class ProgramStore:
+    """Lowered programs of one engine. Files of other engines, or of other versions, are other files."""
+
+    def __init__(self, folder: Path, about: str):
+        """Remembers where they are.
+
+        Args:
+            folder: Of the files; made when the first is written.
+            about: Everything that the programs depend on.
+        """
+        self._folder, self._about = folder, about
+
+    def exported(self, key: ProgramKey, jitted: Any, args: tuple) -> export.Exported | None:
+        """The program of this key, lowered now if it is not there.
+
+        Returns:
+            The program; None if it cannot be kept, and must be lowered in the usual way. So it is with samplers that
+            have users' functions in them.
+        """
+        if isinstance(key, SamplerKey) and key.processors:
+            return None
+        name = repr(key)
+        file = self._folder / (hashlib.sha256(f"{self._about}\n{name}".encode()).hexdigest()[:40] + ".stablehlo")
+        with contextlib.suppress(OSError):
+            content = file.read_bytes()
+            try:
+                return export.deserialize(bytearray(content))
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                logger.warning("%s cannot be read (%s): lowering again", file, error)
+        try:
+            program = export.export(jitted, disabled_checks=_KERNELS)(*args)
+            content = program.serialize()
+        except (ValueError, NotImplementedError) as error:
+            logger.warning("the lowered %s cannot be kept: %s", name, error)
+            return None
+        self._write(file, bytes(content))
+        return program
+
+    def _write(self, file: Path, content: bytes) -> None:
+        """Writes a whole file or none: other processes may read and write the same."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as part:
+                part.write(content)
+            os.replace(part.name, file)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", file, error)
+
+
+def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
+    """The store in the folder of JAX's compilation cache; None where there is none."""
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder:
+        return None
+    # Nothing that is kept depends on these.
+    config = dataclasses.replace(config, logits_processors=(), warmup="none", num_compile_threads=None)
+    options = {name: getattr(jax.config, name) for name in _OPTIONS}
+    device = jax.local_devices()[0].device_kind
+    versions = version("jax"), version("jaxlib")
+    about = versions, config.platform, device, options, _hash_of_sources(), num_pages, config
+    return ProgramStore(Path(folder) / "lowered", repr(about))
+
+
+def _hash_of_sources() -> str:
+    total = hashlib.sha256()
+    for name, path in sorted(_sources().items()):
+        total.update(name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def _sources() -> dict[str, Path]:
+    """All that this package is made of, by name; kernels' tuning files too."""
+    root = Path(__file__).parents[1]
+    found = (
+        Path(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.endswith((".py", ".json"))
+    )
+    return {path.relative_to(root).as_posix(): path for path in found}
