@@ -76,7 +76,7 @@ class ProgramStore:
         try:
             program = export.export(jitted, disabled_checks=_KERNELS)(*args)
             content = program.serialize()
-        except (ValueError, NotImplementedError) as error:
+        except Exception as error:  # if it is the program's, the usual way raises it again
             logger.warning("the lowered %s cannot be kept: %s", name, error)
             return None
         self._write(file, bytes(content))
@@ -99,7 +99,7 @@ def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
     if not folder:
         return None
     # Nothing that is kept depends on these.
-    config = dataclasses.replace(config, logits_processors=(), warmup="none", num_compile_threads=None)
+    config = dataclasses.replace(config, logits_processors=(), warmup="none", num_compile_threads=None, seed=0)
     options = {name: getattr(jax.config, name) for name in _OPTIONS}
     device = jax.local_devices()[0].device_kind
     versions = version("jax"), version("jaxlib")
