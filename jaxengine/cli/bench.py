@@ -208,12 +208,18 @@ def _exit_code(num_compilations: int, console: Console | None) -> int:
 
 
 def run_startup(args: argparse.Namespace) -> int:
-    """Runs `jaxengine bench startup`."""
+    """Runs `jaxengine bench startup`.
+
+    Raises:
+        ValueError: A wrong argument or model.
+    """
     from jaxengine.bench.environment import environment
     from jaxengine.bench.report import print_startup
     from jaxengine.bench.startup import measure_startup
 
     given = with_dummy_model(engine_kwargs(args))
+    if args.warm_starts < 0:
+        raise ValueError(f"warm_starts={args.warm_starts}: must be at least 0")
     status = Status(quiet=args.quiet)
     status.show("starting fresh processes ...")
     try:

@@ -161,6 +161,8 @@ def test_startup_with_dummy_weights_needs_no_tokenizer(tiny, tmp_path, capsys):
 def test_startup_tells_what_went_wrong(capsys):
     assert main(["bench", "startup", "--model", "/no/such/model"]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert main(["bench", "startup", "--warm-starts", "-1"]) == 2
+    assert "warm_starts=-1" in capsys.readouterr().err
 
 
 def test_step_clock_leaves_out_steps_next_to_prompts(monkeypatch):
