@@ -11,7 +11,7 @@ from jaxengine.bench.throughput import request_params
 from jaxengine.bench.workloads import Workload
 from jaxengine.engine.core import EngineCore
 from jaxengine.runner.step_handle import ShardResult, StepShape
-from jaxengine.scheduler.scheduler import ScheduledBatch
+from jaxengine.scheduler.batch import ScheduledBatch
 from jaxengine.scheduler.shards import make_scheduler
 
 if TYPE_CHECKING:

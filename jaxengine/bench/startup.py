@@ -56,21 +56,11 @@ def measure_startup(engine_args: Mapping[str, Any], *, warm_starts: int = 1) -> 
 def _command(engine_args: Mapping[str, Any]) -> list[str]:
     if engine_args.get("skip_tokenizer_init"):
         return [sys.executable, "-m", "jaxengine.bench.startup", json.dumps(engine_args)]
-    flags = []
+    flags = ["--max-tokens", "16", "--ignore-eos"]
     for name, value in engine_args.items():
         flag = name.replace("_", "-")
         flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return [
-        sys.executable,
-        "-m",
-        "jaxengine.cli.main",
-        "generate",
-        PROMPT,
-        "--max-tokens",
-        "16",
-        "--ignore-eos",
-        *flags,
-    ]
+    return [sys.executable, "-m", "jaxengine.cli.main", "generate", PROMPT, *flags]
 
 
 def _start(kind: str, command: Sequence[str]) -> StartupResult:

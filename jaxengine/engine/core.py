@@ -12,10 +12,11 @@ from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.pacing import StepPacer
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import STEP_TOKENS, Histogram
-from jaxengine.runner.model_runner import ForwardStep, ModelRunner
-from jaxengine.runner.step_handle import ShardResult, StepHandle
+from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.step_handle import ForwardStep, ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler, TokenUpdate
+from jaxengine.scheduler.batch import ScheduledBatch, TokenUpdate
+from jaxengine.scheduler.scheduler import Scheduler
 from jaxengine.scheduler.shards import ShardedScheduler
 from jaxengine.sharding.distributed import is_multiprocess
 from jaxengine.structured.grammar import GrammarCompiler

@@ -68,12 +68,13 @@ class KVCacheManager:
         Args:
             computed_pages: What `get_computed_pages` has just returned; only for a request that holds no pages.
         """
+        if num_tokens <= len(request.page_ids) * self.block_size:
+            return True
         num_new = -(-num_tokens // self.block_size) - (len(request.page_ids) or len(computed_pages))
         if request.page_ids:
-            if num_new > 0:
-                if num_new > self.pool.num_free:
-                    return False
-                request.page_ids += self.pool.allocate(num_new)
+            if num_new > self.pool.num_free:
+                return False
+            request.page_ids += self.pool.allocate(num_new)
             return True
 
         if num_new > self.pool.num_free - self.pool.num_free_among(computed_pages):

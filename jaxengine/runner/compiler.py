@@ -44,7 +44,7 @@ class StepCompiler:
     """Ahead of the warm-up: a step waits."""
 
     def __init__(
-        self, compile_one: Callable[[Any], Any], num_threads: int, when_done: Callable[[], object] = lambda: None
+        self, compile_one: Callable[[Any], Any], num_threads: int, when_done: Callable[[], object] | None = None
     ):
         """Starts the threads.
 
@@ -132,7 +132,7 @@ class StepCompiler:
             with self._lock:
                 self._num_unfinished -= 1
                 is_done = not self._num_unfinished
-            if is_done and not self._closed:
+            if is_done and self._when_done is not None and not self._closed:
                 self._when_done()
 
 

@@ -25,7 +25,7 @@ from jaxengine.sampling.sampler import (
     WIDE,
     SamplingRows,
 )
-from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 
 INT_FIELDS = ("slot", "samples", "features", "processors", "seed", "position", "top_k")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jaxengine.runner.programs import (
     SetSlotKey,
     temporary_bytes,
 )
-from jaxengine.runner.step_handle import StepHandle, StepOutputs, StepShape
+from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.steps import FlatModel, ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import (
@@ -50,7 +50,7 @@ from jaxengine.sampling.sampler import (
     feature_set,
 )
 from jaxengine.sampling.state import slot_values
-from jaxengine.scheduler.scheduler import ScheduledBatch, ScheduledSequence
+from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 from jaxengine.sharding.distributed import is_multiprocess, least_of_all_processes
 
 if TYPE_CHECKING:
@@ -63,25 +63,6 @@ MAX_LOGITS_PROCESSORS = 31
 MAX_STRETCH = 4
 # What "lazy" compiles ahead: the first small bucket, and the decode of one request.
 LAZY_SHAPES = 2
-
-
-class ForwardStep(NamedTuple):
-    """A step whose tokens are still to be sampled.
-
-    Attributes:
-        orders: Of each shard: the rows of the step, as indices of its batch's sequences.
-        packed: The step's buffer.
-        rows: The sampler's part of the step's buffer.
-        tokens: The most likely ones, i32[S] of each shard.
-    """
-
-    batches: Sequence[ScheduledBatch]
-    orders: list[list[int]]
-    bucket: Bucket
-    packed: np.ndarray
-    rows: np.ndarray
-    tokens: jax.Array
-    outputs: ForwardOutputs
 
 
 class ModelRunner:
@@ -140,8 +121,7 @@ class ModelRunner:
         self._walls: list[jax.Array] = []
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         # A CPU's steps take so long that the collector's time is lost among them.
-        when_done = (lambda: None) if self.is_cpu else freeze_heap
-        self._compiler = StepCompiler(self.compile_program, num_threads, when_done)
+        self._compiler = StepCompiler(self.compile_program, num_threads, None if self.is_cpu else freeze_heap)
         if config.warmup != "none":
             self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
 
@@ -285,7 +265,7 @@ class ModelRunner:
         forward = self._compiler.get(bucket)
         args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_held(bucket)
         self._caches, self._last_token, tokens, outputs = forward(*args)
-        return ForwardStep(batches, orders, bucket, packed, self._layouts[bucket].rows_of(packed), tokens, outputs)
+        return ForwardStep(batches, orders, bucket, packed, tokens, outputs)
 
     def sample(self, step: ForwardStep, masks: Sequence[TokenMasks]) -> StepHandle:
         """Dispatches the rest of a step and returns at once.
@@ -309,31 +289,32 @@ class ModelRunner:
 
     def _mask(self, step: ForwardStep, masks: Sequence[TokenMasks]) -> ForwardStep:
         """Takes the tokens that grammars do not allow out of a step's logits, which are given up."""
-        num_seqs, layout = step.bucket.num_seqs, self._layouts[step.bucket].rows
+        num_seqs, layout = step.bucket.num_seqs, self._layouts[step.bucket]
         bitmask = np.full((len(masks), num_seqs, self._arrays.num_mask_words), -1, np.int32)
-        rows = step.rows.copy()  # the device may still read the buffer
-        parts = zip(bitmask, rows.reshape(len(masks), -1), step.orders, masks, strict=True)
-        for own_bitmask, own_rows, order, own_masks in parts:
+        packed = step.packed.copy()  # the device may still read the buffer
+        parts = zip(bitmask, packed.reshape(len(masks), -1), step.orders, masks, strict=True)
+        for own_bitmask, own_packed, order, own_masks in parts:
             own_bitmask[: len(order)] = own_masks.bitmask[order, : self._arrays.num_mask_words]
             # Where nothing is left but the end, min_tokens must not forbid it.
-            features = layout.fields(own_rows)["features"][: len(order)]
+            features = layout.views(own_packed)["features"][: len(order)]
             features[own_masks.is_complete[order]] &= ~MIN_TOKENS
         mask = self._compiler.get(MaskKey(num_seqs))
         logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._arrays.num_mask_words)))
-        return step._replace(rows=rows, outputs=step.outputs._replace(logits=logits))
+        return step._replace(packed=packed, outputs=step.outputs._replace(logits=logits))
 
     def _sample(self, step: ForwardStep, *, has_masks: bool) -> tuple[jax.Array, Logprobs | None]:
         """Samples what is not greedy; returns all tokens, and log probabilities if a row asks for them."""
-        outputs, layout, rows = step.outputs, self._layouts[step.bucket].rows, step.rows
-        wanted = layout.wanted_features(rows)
+        layout = self._layouts[step.bucket]
+        rows = layout.rows_of(step.packed)
+        wanted = layout.rows.wanted_features(rows)
         if has_masks:
             wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
             return step.tokens, None
         features = feature_set(wanted | self._always_wanted)
-        sampler = self._compiler.get(SamplerKey(layout.num_seqs, features, self._processors))
+        sampler = self._compiler.get(SamplerKey(step.bucket.num_seqs, features, self._processors))
         state = self._state if features == EVERY_FEATURE else None
-        args = state, self._last_token, outputs.logits, self._put_own(rows)
+        args = state, self._last_token, step.outputs.logits, self._put_own(rows)
         state, self._last_token, tokens, logprobs = sampler(*args)
         if features == EVERY_FEATURE:
             self._state = state

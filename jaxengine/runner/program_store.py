@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -107,6 +108,7 @@ def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
     return ProgramStore(Path(folder) / "lowered", repr(about))
 
 
+@functools.cache  # an engine opens two stores: of its own and of the small one that tells what a step needs
 def _hash_of_sources() -> str:
     total = hashlib.sha256()
     for name, path in sorted(_sources().items()):

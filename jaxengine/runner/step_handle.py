@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.steps import ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.scheduler.scheduler import ScheduledBatch
+from jaxengine.scheduler.batch import ScheduledBatch
 
 
 class StepShape(NamedTuple):
@@ -26,6 +28,23 @@ class StepShape(NamedTuple):
             max(len(batch.sequences) for batch in batches),
             all(batch.decode_only for batch in batches),
         )
+
+
+class ForwardStep(NamedTuple):
+    """A step whose tokens are still to be sampled.
+
+    Attributes:
+        orders: Of each shard: the rows of the step, as indices of its batch's sequences.
+        packed: The step's buffer.
+        tokens: The most likely ones, i32[S] of each shard.
+    """
+
+    batches: Sequence[ScheduledBatch]
+    orders: list[list[int]]
+    bucket: Bucket
+    packed: np.ndarray
+    tokens: jax.Array
+    outputs: ForwardOutputs
 
 
 class StepOutputs(NamedTuple):

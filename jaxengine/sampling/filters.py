@@ -45,10 +45,11 @@ def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def filter_few(values: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """`filter_logits` of a row's `top_few`, f32[S, n], where `top_k` is 1 to n: compares each pair of them."""
-    values = jnp.where(values - values.max(axis=-1, keepdims=True) >= jnp.log(min_p)[:, None], values, -jnp.inf)
+    top = values.max(axis=-1, keepdims=True)
+    values = jnp.where(values - top >= jnp.log(min_p)[:, None], values, -jnp.inf)
     is_greater = values[:, None, :] > values[:, :, None]  # [S, n, n], whether the last axis's is
     kept = is_greater.sum(axis=-1) < top_k[:, None]
-    weights = jnp.where(kept, jnp.exp(values - values.max(axis=-1, keepdims=True)), 0.0)
+    weights = jnp.where(kept, jnp.exp(values - top), 0.0)
     mass_above = jnp.where(is_greater, weights[:, None, :], 0.0).sum(axis=-1)
     mass = top_p * weights.sum(axis=-1)
     kept &= (mass_above < mass[:, None]) | (top_p >= 1.0)[:, None]

@@ -17,75 +17,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence, TokenUpdate
 from jaxengine.scheduler.policy import RequestQueue, sort_key
 
 if TYPE_CHECKING:
     from jaxengine.config import SchedulerConfig
     from jaxengine.kv_cache.manager import KVCacheManager
-
-
-@dataclass(slots=True, eq=False)  # not frozen, which would make it four times slower to build: hundreds a step
-class ScheduledSequence:
-    """One request's share of a step. Not changed after it is made.
-
-    Attributes:
-        start: Tokens computed before this step: the position of the first new token.
-        num_new_tokens: Tokens to compute: `start .. start + num_new_tokens - 1`.
-        samples: Whether the step reaches the request's last token, so that a token is sampled from its last row.
-        slot: Row of the device state that belongs to the request.
-        new_in_slot: First step since the request took the slot: the row must be initialised.
-        token_on_device: The one input token is the pending one: it is read from the device state, not from the host.
-        page_ids: Pages covering at least `start + num_new_tokens` tokens. The request's live list: it may grow when the
-            next step is scheduled, but entries never change.
-        num_output_tokens: Output tokens, known and pending, before this step samples.
-    """
-
-    request: Request
-    start: int
-    num_new_tokens: int
-    samples: bool
-    slot: int
-    new_in_slot: bool
-    token_on_device: bool
-    page_ids: Sequence[int]
-    num_output_tokens: int
-
-
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """One step: `sequences`, those with exactly one new token first.
-
-    Attributes:
-        num_tokens: New tokens of all sequences.
-        num_decodes: Sequences with exactly one new token.
-        num_steps: How often the step is run; more than once only if all sequences decode. Each time they have one token
-            more, the one sampled the time before.
-    """
-
-    sequences: list[ScheduledSequence]
-    num_tokens: int
-    num_decodes: int
-    num_steps: int = 1
-
-    @property
-    def decode_only(self) -> bool:
-        """Whether every sequence has exactly one new token."""
-        return self.num_decodes == len(self.sequences)
-
-
-@dataclass(slots=True)
-class TokenUpdate:
-    """Tokens that a request has gained.
-
-    Attributes:
-        finished: Whether they ended it; `request.status` says why.
-        index: The request's row in `batch.sequences`.
-    """
-
-    request: Request
-    new_token_ids: list[int]
-    finished: bool
-    index: int
 
 
 @dataclass(slots=True)
@@ -240,7 +177,7 @@ class Scheduler:
 
     def _plan_running(self, step: _Step) -> None:
         prefills: list[Request] = []
-        block_size, ahead = self.kv_cache.block_size, step.num_steps - 1
+        ahead = step.num_steps - 1
         for request in self._running:  # preemption shortens the queue from its end
             if step.budget <= 0:
                 break
@@ -248,12 +185,9 @@ class Scheduler:
             if num_tokens - request.num_computed_tokens > 1:
                 prefills.append(request)
             elif num_tokens < request.max_total_tokens and (
-                num_tokens + ahead <= len(request.page_ids) * block_size
-                or self.kv_cache.allocate(request, num_tokens + ahead)
-                or self._make_room(step, request, num_tokens)
+                self.kv_cache.allocate(request, num_tokens + ahead) or self._make_room(step, request, num_tokens)
             ):
-                step.plan[request] = 1
-                step.budget -= 1
+                step.add(request, 1)
         for request in prefills:
             num_new = self._chunk_len(request.num_tokens - request.num_computed_tokens, step.budget)
             if num_new > 0 and request.status is RequestStatus.RUNNING:  # not preempted for a decode
@@ -333,7 +267,7 @@ class Scheduler:
     def _commit(self, step: _Step) -> ScheduledBatch:
         decodes: list[ScheduledSequence] = []
         prefills: list[ScheduledSequence] = []
-        block_size, admitted, ahead = self.kv_cache.block_size, step.admitted, step.num_steps - 1
+        ahead = step.num_steps - 1
         for request, num_new in step.plan.items():
             start = request.num_computed_tokens
             end = start + num_new
@@ -345,7 +279,7 @@ class Scheduler:
                 num_new,
                 samples,
                 request.slot,
-                request in admitted,
+                request in step.admitted,
                 num_pending > 0,
                 request.page_ids,
                 len(request.output_token_ids) + num_pending,
@@ -354,8 +288,7 @@ class Scheduler:
             request.num_computed_tokens = end = end + ahead
             request.num_pending_tokens += samples + ahead
             # Only now that all of the step is planned: no request of this step may read what this step writes.
-            if end >= (request.num_named_pages + 1) * block_size:
-                self.kv_cache.cache_full_pages(request, min(end, num_known))
+            self.kv_cache.cache_full_pages(request, min(end, num_known))
         return ScheduledBatch(decodes + prefills, sum(step.plan.values()), len(decodes), step.num_steps)
 
     def update(self, batch: ScheduledBatch, sampled: Sequence[list[int]]) -> list[TokenUpdate]:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxengine.kv_cache.manager import KVCacheManager
-from jaxengine.scheduler.scheduler import ScheduledBatch, Scheduler
+from jaxengine.scheduler.batch import ScheduledBatch
+from jaxengine.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from jaxengine.config import EngineConfig, SchedulerConfig

@@ -12,7 +12,6 @@ import pytest
 
 from jaxengine.bench import throughput
 from jaxengine.bench.presets import CpuRow, GpuRow, cpu_preset, gpu_preset
-from jaxengine.bench.startup import measure_startup
 from jaxengine.bench.throughput import percentiles
 from jaxengine.bench.workloads import mixed, sharegpt, uniform
 from jaxengine.cli import bench, bench_gpu
@@ -137,32 +136,6 @@ def test_compilations_while_measuring_are_told(tiny, capsys):
     about = {"num_devices": 1, "devices": ["cpu"], "cores": 1, "cpu": "", "jax": "", "commit": None, "date": ""}
     print_throughput(Console(width=150), [result], about)
     assert "WRONG FIGURES" in capsys.readouterr().out
-
-
-def test_startup_in_a_fresh_process(tiny):
-    (result,) = measure_startup(
-        {"model": str(tiny), "max_model_len": 64, "enable_prefix_caching": False}, warm_starts=0
-    )
-    assert result.cache == "cold"
-    assert 0 < result.first_token_s < result.exit_s
-    assert (result.peak_rss_bytes or 10**9) > 10**8
-
-
-def test_startup_with_dummy_weights_needs_no_tokenizer(tiny, tmp_path, capsys):
-    # A shape by itself, as those that come along.
-    shape = tmp_path / "shape.json"
-    shape.write_text((tiny / "config.json").read_text())
-    flags = ["--load-format", "dummy", "--max-model-len", "64", "--warm-starts", "0", "--json", "-"]
-    assert main(["bench", "startup", "--model", str(shape), *flags]) == 0
-    (result,) = json.loads(capsys.readouterr().out)["results"]
-    assert 0 < result["first_token_s"] < result["exit_s"]
-
-
-def test_startup_tells_what_went_wrong(capsys):
-    assert main(["bench", "startup", "--model", "/no/such/model"]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    assert main(["bench", "startup", "--warm-starts", "-1"]) == 2
-    assert "warm_starts=-1" in capsys.readouterr().err
 
 
 def test_step_clock_leaves_out_steps_next_to_prompts(monkeypatch):
