@@ -56,6 +56,7 @@ WITHOUT_JAX = [
     "jaxengine.outputs",
     "jaxengine.sampling_params",
     "jaxengine.scheduler",
+    "jaxengine.scheduler.batch",
     "jaxengine.scheduler.policy",
     "jaxengine.scheduler.scheduler",
     "jaxengine.scheduler.shards",
