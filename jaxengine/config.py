@@ -113,6 +113,8 @@ class EngineConfig:
             "lazy" compiles two small ones, enough for everything, and cuts prompts to fit: the fastest start for one
             short answer; "none" compiles each shape when a step first needs it.
         num_compile_threads: Threads that compile; None for 2 on CPUs, which compute too, and up to 8 elsewhere.
+        num_lowering_processes: Processes that lower programs beside this one while it starts, on one device; None: on
+            GPUs as many as are worth starting, elsewhere none.
     """
 
     model: ModelConfig
@@ -135,6 +137,7 @@ class EngineConfig:
     logits_processors: tuple = ()
     warmup: Literal["background", "full", "lazy", "none"] = "background"
     num_compile_threads: int | None = None
+    num_lowering_processes: int | None = None
 
     @property
     def limits(self) -> ModelLimits:

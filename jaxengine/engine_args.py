@@ -65,6 +65,8 @@ class EngineArgs:
             (logits f32[V], `sampling.sampler.LogitsState`), compiled from the start.
         warmup: "background", "full", "lazy" or "none"; see `EngineConfig`.
         compilation_cache_dir: Folder of JAX's persistent compilation cache; None: in the user's cache folder; "": none.
+        num_lowering_processes: Processes, some 0.5 GB each, that do the Python part of compiling while the engine
+            starts on one device, where a cache folder is; None: on GPUs up to 8, as many as are worth it; elsewhere 0.
     """
 
     model: str | None = None
@@ -98,6 +100,7 @@ class EngineArgs:
     logits_processors: list[Callable[..., Any]] | None = None
     warmup: str = "background"
     compilation_cache_dir: str | None = None
+    num_lowering_processes: int | None = None
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -123,6 +126,8 @@ class EngineArgs:
             )
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs={self.max_logprobs}: must be at least 0")
+        if self.num_lowering_processes is not None and self.num_lowering_processes < 0:
+            raise ValueError(f"num_lowering_processes={self.num_lowering_processes}: must be at least 0, or None")
 
     def resolve(self, checkpoint: Checkpoint, platform: str | None = None) -> EngineConfig:
         """Decides everything left open, from the checkpoint and the platform.
@@ -215,6 +220,7 @@ class EngineArgs:
                 seed=self.seed,
                 logits_processors=tuple(self.logits_processors or ()),
                 warmup=warmup,  # pyright: ignore[reportArgumentType]  (checked above)
+                num_lowering_processes=self.num_lowering_processes,
             )
 
         if self.max_model_len is None and is_cpu and self.num_gpu_blocks_override is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -24,6 +25,7 @@ from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, freeze_heap, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.lowering import lower
+from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
 from jaxengine.runner.memory import keep_small_places, num_pages_that_fit
 from jaxengine.runner.placement import Placement, bytes_on_a_device
 from jaxengine.runner.program_store import open_store
@@ -120,10 +122,9 @@ class ModelRunner:
         self._held_outputs: dict[Bucket, ForwardOutputs | None] = {}
         self._walls: list[jax.Array] = []
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
-        # A CPU's steps take so long that the collector's time is lost among them.
-        self._compiler = StepCompiler(self.compile_program, num_threads, None if self.is_cpu else freeze_heap)
-        if config.warmup != "none":
-            self._compiler.add(self._warmup_keys()[: LAZY_SHAPES if config.warmup == "lazy" else None])
+        self._compiler = StepCompiler(self.compile_program, num_threads, self._end_warmup)
+        self._lowering_pool: LoweringPool | None = None
+        self._queue(self._warmup_keys()[: {"none": 0, "lazy": LAZY_SHAPES}.get(config.warmup)])
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure, and allocates the cache."""
@@ -146,8 +147,31 @@ class ModelRunner:
 
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
-        lowered = lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages, self._store)
+        pool, store = self._lowering_pool, self._store
+        with pool.turn(key) if pool and store and store.lacks(key) else contextlib.nullcontext():
+            lowered = self.lower(key)
         return lowered.compile(self._compiler_options())
+
+    def lower(self, key: ProgramKey) -> jax.stages.Lowered:
+        """Lowers a part of a step, or finds it in the store."""
+        return lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages, self._store)
+
+    def _queue(self, keys: Sequence[ProgramKey]) -> None:
+        """Queues programs, and starts processes that lower what the store has not, if that is worth some."""
+        if self._lowering_pool is None and self._store is not None:
+            num_missing = sum(map(self._store.lacks, keys))
+            number = self.config.num_lowering_processes
+            if number is None:
+                number = choose_num_processes(num_missing) if self.config.platform == "gpu" else 0
+            if number and num_missing:
+                self._lowering_pool = LoweringPool(self.config, self.num_pages, number)
+        self._compiler.add(keys)
+
+    def _end_warmup(self) -> None:
+        """Ends what only starting needs, once all that was queued is compiled."""
+        self._close_lowering_pool()
+        if not self.is_cpu:  # whose steps take so long that the collector's time is lost among them
+            freeze_heap()
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
@@ -173,6 +197,11 @@ class ModelRunner:
         held = [x for bucket in self.buckets for x in jax.tree.leaves(self._arrays.abstract_held(bucket))]
         return self.weight_bytes() + sum(used) + sum(bytes_on_a_device(x, x.sharding) for x in held)
 
+    def _close_lowering_pool(self) -> None:
+        pool, self._lowering_pool = self._lowering_pool, None
+        if pool is not None:
+            pool.close()
+
     def wait_until_warm(self) -> None:
         """Compiles whatever is left of the warm-up, and waits for it.
 
@@ -180,13 +209,13 @@ class ModelRunner:
             Exception: The first error of a compilation.
         """
         keys = self._warmup_keys()
-        self._compiler.add(keys)
+        self._queue(keys)
         self._compiler.wait(keys)
 
     def compile_ahead(self, shapes: Iterable[StepShape]) -> list[ProgramKey]:
         """Queues what greedy steps of these shapes need, and returns the keys."""
         keys: list[ProgramKey] = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
-        self._compiler.add(keys)
+        self._queue(keys)
         return keys
 
     def wait_until_compiled(self, keys: Iterable[ProgramKey]) -> None:
@@ -406,6 +435,7 @@ class ModelRunner:
     def close(self) -> None:
         """Ends the compiler threads and frees the device memory."""
         self._compiler.close()
+        self._close_lowering_pool()
         gc.unfreeze()
         if self._leaves is not None:
             self.sleep(2)

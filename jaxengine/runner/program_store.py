@@ -22,6 +22,7 @@ import jax
 from jax import export
 
 from jaxengine.config import EngineConfig
+from jaxengine.pallas_kernels.target import target_device
 from jaxengine.runner.programs import ProgramKey, SamplerKey
 from jaxengine.runner.steps import ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
@@ -48,26 +49,31 @@ _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_part
 class ProgramStore:
     """Lowered programs of one engine. Files of other engines, or of other versions, are other files."""
 
-    def __init__(self, folder: Path, about: str):
+    def __init__(self, folder: Path, about: str, platform: str):
         """Remembers where they are.
 
         Args:
             folder: Of the files; made when the first is written.
             about: Everything that the programs depend on.
+            platform: "cpu", "gpu" or "tpu".
         """
         self._folder, self._about = folder, about
+        self._platform = "cuda" if platform == "gpu" else platform  # the name that lowering wants
+
+    def lacks(self, key: ProgramKey) -> bool:
+        """Whether a program is not there, but could be. Samplers that have users' functions in them are not kept."""
+        is_kept = not (isinstance(key, SamplerKey) and key.processors)
+        return is_kept and not self._file(key).exists()
 
     def exported(self, key: ProgramKey, jitted: Any, args: tuple) -> export.Exported | None:
         """The program of this key, lowered now if it is not there.
 
         Returns:
-            The program; None if it cannot be kept, and must be lowered in the usual way. So it is with samplers that
-            have users' functions in them.
+            The program; None if it cannot be kept, and must be lowered in the usual way.
         """
         if isinstance(key, SamplerKey) and key.processors:
             return None
-        name = repr(key)
-        file = self._folder / (hashlib.sha256(f"{self._about}\n{name}".encode()).hexdigest()[:40] + ".stablehlo")
+        file = self._file(key)
         with contextlib.suppress(OSError):
             content = file.read_bytes()
             try:
@@ -75,21 +81,25 @@ class ProgramStore:
             except Exception as error:  # whatever a damaged file makes the reader raise
                 logger.warning("%s cannot be read (%s): lowering again", file, error)
         try:
-            program = export.export(jitted, disabled_checks=_KERNELS)(*args)
+            program = export.export(jitted, platforms=[self._platform], disabled_checks=_KERNELS)(*args)
             content = program.serialize()
         except Exception as error:  # if it is the program's, the usual way raises it again
-            logger.warning("the lowered %s cannot be kept: %s", name, error)
+            logger.warning("the lowered %s cannot be kept: %s", key, error)
             return None
         self._write(file, bytes(content))
         return program
+
+    def _file(self, key: ProgramKey) -> Path:
+        name = hashlib.sha256(f"{self._about}\n{key!r}".encode()).hexdigest()[:40]
+        return self._folder / f"{name}.stablehlo"
 
     def _write(self, file: Path, content: bytes) -> None:
         """Writes a whole file or none: other processes may read and write the same."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as part:
-                part.write(content)
-            os.replace(part.name, file)
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as part:
+                (Path(part) / file.name).write_bytes(content)
+                os.replace(Path(part) / file.name, file)
         except OSError as error:
             logger.warning("%s cannot be written: %s", file, error)
 
@@ -100,12 +110,16 @@ def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
     if not folder:
         return None
     # Nothing that is kept depends on these.
-    config = dataclasses.replace(config, logits_processors=(), warmup="none", num_compile_threads=None, seed=0)
-    options = {name: getattr(jax.config, name) for name in _OPTIONS}
-    device = jax.local_devices()[0].device_kind
+    threads = {"num_compile_threads": None, "num_lowering_processes": None}
+    config = dataclasses.replace(config, num_pages=None, logits_processors=(), warmup="none", seed=0, **threads)
     versions = version("jax"), version("jaxlib")
-    about = versions, config.platform, device, options, _hash_of_sources(), num_pages, config
-    return ProgramStore(Path(folder) / "lowered", repr(about))
+    about = versions, target_device().device_kind, jax_options(), _hash_of_sources(), num_pages, config
+    return ProgramStore(Path(folder) / "lowered", repr(about), config.platform)
+
+
+def jax_options() -> dict[str, Any]:
+    """JAX's options that programs depend on, as they are set."""
+    return {name: getattr(jax.config, name) for name in _OPTIONS}
 
 
 @functools.cache  # an engine opens two stores: of its own and of the small one that tells what a step needs

@@ -7,11 +7,12 @@ KV head each, so that row r is token `r // G`, head `r % G`. Fewer rows may be i
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxengine.pallas_kernels.target import num_cores, target_device
 
 ROWS = 64
 LOG2E = math.log2(math.e)
@@ -303,4 +304,4 @@ def zero_tail(tile: Tile, smem, valid):
 
 def num_sms() -> int:
     """Multiprocessors of the GPU, for the size of a persistent grid; an H100's where there is none."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    return num_cores(target_device()) or 132

@@ -21,6 +21,7 @@ from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_tpu_kernel as
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_tpu_plan as plans
 from jaxengine.pallas_kernels.ragged_paged_attention import mosaic_tpu_refs as refs
 from jaxengine.pallas_kernels.ragged_paged_attention.mosaic_tpu_plan import CHUNK_ROWS, TABLE_ROW, Blocks, Plan
+from jaxengine.pallas_kernels.target import target_device
 
 LANES = 128
 QUERY_DTYPES = ("bfloat16", "float32")
@@ -150,10 +151,6 @@ def _tuning(device_kind: str) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _device_kind() -> str:
-    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
-
-
 def _blocks(num_heads: int, pages, max_query_len: int | None) -> Blocks:
     """Block sizes for a cache: from the device kind's tuning file, or else by a heuristic.
 
@@ -161,7 +158,7 @@ def _blocks(num_heads: int, pages, max_query_len: int | None) -> Blocks:
     """
     _, num_kv_heads, page_size, width = pages.shape
     key = f"{num_heads}/{num_kv_heads} heads, width {width}, page {page_size}, {pages.dtype}"
-    tuned = _tuning(_device_kind()).get("blocks", {}).get(key)
+    tuned = _tuning(target_device().device_kind).get("blocks", {}).get(key)
     blocks = Blocks(**tuned) if tuned else heuristic_blocks(num_kv_heads, page_size, width, pages.dtype.itemsize)
     if max_query_len is not None and max_query_len <= plans.tokens_of_chunk(num_heads // num_kv_heads):
         blocks = dataclasses.replace(blocks, chunks=1, rows=CHUNK_ROWS)

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxengine.pallas_kernels.target import target_device
+
 GROUP = 16  # decodes handled together, where not one by one
 SMALL_STEP = 2**18  # multiplications for q.k up to which a step of the decode loop is small, see `_decode_group`
 SMALL_HEADS = 8  # query heads of a KV head, up to which they are multiplied one by one
@@ -123,7 +125,7 @@ def _decode_group(num_heads: int, num_kv_heads: int, head_dim: int, block: int, 
     and 1 x 192 0.064 -> 0.027.
     """
     small = num_heads * head_dim * block <= SMALL_STEP and num_heads <= SMALL_HEADS * num_kv_heads
-    return 1 if small and jax.default_backend() == "cpu" else min(GROUP, num_slots)
+    return 1 if small and target_device().platform == "cpu" else min(GROUP, num_slots)
 
 
 def new_token_slots(meta, num_tokens: int, num_pages: int, page_size: int):

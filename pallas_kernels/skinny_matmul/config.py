@@ -10,6 +10,8 @@ from importlib import resources
 import jax
 from jax.sharding import AxisType
 
+from jaxengine.pallas_kernels.target import num_cores, target_device
+
 ROWS = 64  # of a wgmma
 MIN_ROWS = 8  # fewer are products with vectors, which XLA fuses with what is before and after them
 MAX_ROWS = 256
@@ -115,9 +117,8 @@ def choose_config(num_rows: int, size_n: int, size_k: int, *, gated: bool) -> Co
     Returns:
       None if no way to cut it is possible, or XLA's own product was faster.
     """
-    device = _device()
-    kind, num_sms = device.device_kind, getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 132
-    return _choose_config(num_rows, size_n, size_k, gated, kind, num_sms)
+    device = target_device()
+    return _choose_config(num_rows, size_n, size_k, gated, device.device_kind, num_cores(device) or 132)
 
 
 @functools.cache
@@ -141,16 +142,11 @@ def _tuning(device_kind: str) -> dict:
     return next((json.loads(file.read_text()) for file in files if file.is_file()), {})
 
 
-def _device():
-    """What is compiled for: the device of the mesh, which need not be there, or else the default one."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
 def is_hopper() -> bool:
     """Whether what is compiled for is a Hopper GPU, and XLA need not cut the kernel for several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     is_cut = any(
         size > 1 and kind == AxisType.Auto for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     )
-    device = _device()
+    device = target_device()
     return device.platform == "gpu" and HOPPER.search(device.device_kind) is not None and not is_cut

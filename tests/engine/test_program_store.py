@@ -1,13 +1,21 @@
 """A warm start reads lowered programs from the compilation cache, and runs none of the Python that made them."""
 
+import contextlib
+import dataclasses
 import logging
+import time
 from typing import Any
 
 import jax
 import pytest
 
 from jaxengine import LLM, SamplingParams
+from jaxengine.engine_args import EngineArgs
+from jaxengine.loading.resolve import resolve_model
+from jaxengine.models.registry import abstract_model
 from jaxengine.runner import lowering, program_store
+from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
+from jaxengine.runner.model_runner import ModelRunner
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def test_a_warm_start_with_everything_traces_nothing(tiny, cache, monkeypatch):
             prompts: Any = [{"prompt_token_ids": [5, 6, 7]}] * len(params)
             return [(o.prompt_logprobs, o.outputs[0]) for o in llm.generate(prompts, params, use_tqdm=False)]
 
-    want = answers()
+    want = answers(num_lowering_processes=1)
     for name in ("make_forward", "make_sampler", "make_prompt_logprobs"):
         monkeypatch.setattr(lowering, name, lambda *args, **kwargs: never)
     for name in ("_set_own_slot", "mask_logits"):
@@ -76,6 +84,33 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
     assert all(file.stat().st_size > 1000 for file in files)
 
 
+def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, monkeypatch, caplog):
+    args = EngineArgs(model=str(tiny), dtype="float32", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16)
+    config = dataclasses.replace(args.resolve(resolve_model(tiny)), warmup="none", num_pages=20)
+    runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+    store = program_store.open_store(config, 20)
+    assert store is not None
+    first, second, third = (bucket for bucket in runner.buckets[:3])
+    with contextlib.closing(runner), contextlib.closing(LoweringPool(config, 20, 1)) as pool:
+        while store.lacks(first):  # until the process is ready it is this one's turn
+            with pool.turn(first):
+                time.sleep(0.1)
+        with pool.turn(second):
+            assert not store.lacks(second)
+        assert not caplog.text
+        monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
+        runner.lower(first)
+        with pytest.raises(AssertionError, match="traced"):
+            runner.lower(third)
+        pool._processes[0]._process.kill()
+        for _ in range(2):
+            with pool.turn(third):
+                assert store.lacks(third)
+        assert caplog.text.count("has ended") == 1
+    with pool.turn(third):
+        assert store.lacks(third)
+
+
 def test_where_nothing_can_be_written_it_runs_all_the_same(tiny, cache, caplog):
     cache.write_text("in the way")
     with caplog.at_level(logging.WARNING):
@@ -90,3 +125,10 @@ def test_the_sources_are_the_models_and_the_kernels_too():
         *found
     }
     assert tuning
+
+
+def test_as_many_processes_as_are_worth_starting(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    assert [choose_num_processes(number) for number in (0, 3, 4, 30, 300)] == [0, 0, 1, 7, 8]
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert choose_num_processes(300) == 1
