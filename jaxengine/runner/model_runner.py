@@ -89,7 +89,7 @@ class ModelRunner:
         self.model_config = config.model
         scheduler = config.scheduler
         # One page more than a request can fill: a step that is run several times goes on beyond its end.
-        self.table_width = -(-scheduler.max_model_len // config.block_size) + (scheduler.num_scheduler_steps != 1)
+        self.table_width = -(-scheduler.max_model_len // config.block_size) + 1
         self.is_cpu = config.platform == "cpu"
         self.buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=self.is_cpu)
         self._layouts = {

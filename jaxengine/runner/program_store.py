@@ -44,6 +44,18 @@ export.register_pytree_node_serialization(
 _KERNELS = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "tpu_custom_call")]
 # Of JAX: what it lowers depends on them.
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_default_prng_impl")
+# Of `EngineConfig`: they say how much memory there is, which steps come when, and who compiles.
+_WITHOUT_EFFECT = {
+    "num_pages",  # the number that was found counts
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+    "enable_prefix_caching",
+    "seed",
+    "logits_processors",
+    "warmup",
+    "num_compile_threads",
+    "num_lowering_processes",
+}
 
 
 class ProgramStore:
@@ -109,12 +121,16 @@ def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
-    # Nothing that is kept depends on these.
-    threads = {"num_compile_threads": None, "num_lowering_processes": None}
-    config = dataclasses.replace(config, num_pages=None, logits_processors=(), warmup="none", seed=0, **threads)
     versions = version("jax"), version("jaxlib")
-    about = versions, target_device().device_kind, jax_options(), _hash_of_sources(), num_pages, config
+    about = versions, target_device().device_kind, jax_options(), _hash_of_sources(), num_pages, _shaping(config)
     return ProgramStore(Path(folder) / "lowered", repr(about), config.platform)
+
+
+def _shaping(config: EngineConfig) -> dict[str, Any]:
+    """What programs depend on; unless known to be left out, all."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sizes = config.scheduler.max_model_len, config.scheduler.max_num_seqs
+    return {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT} | {"scheduler": sizes}
 
 
 def jax_options() -> dict[str, Any]:

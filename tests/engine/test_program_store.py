@@ -67,10 +67,14 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
     assert files
     monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
     assert answer(tiny) == want
+    # What steps are planned, and of which requests, is not in a program.
+    assert answer(tiny, async_scheduling=False, enable_prefix_caching=False, num_scheduler_steps=4, seed=1) == want
     assert sorted(cache.iterdir()) == files
 
     with pytest.raises(AssertionError, match="traced"):
         answer(tiny, num_gpu_blocks_override=21)  # another program
+    with pytest.raises(AssertionError, match="traced"):
+        answer(tiny, max_num_seqs=3)
     monkeypatch.setattr(program_store, "_hash_of_sources", lambda: "changed")
     with pytest.raises(AssertionError, match="traced"):
         answer(tiny)
