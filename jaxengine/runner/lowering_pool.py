@@ -73,8 +73,8 @@ class LoweringPool:
         about = device.device_kind, device.platform, num_cores(device)
         self._job = Job(config, jax_options(), jax.config.jax_compilation_cache_dir, about)
         self._closed = False
-        self._has_helpers = False
-        # None is this process.
+        self._helpers: set[_Process] = set()  # that are ready
+        # Who has nothing to do; None is this process, which has its turn where there are no others.
         self._free: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         self._free.put(None)
         self._processes = [_Process() for _ in range(num_processes)]
@@ -88,7 +88,7 @@ class LoweringPool:
             if not self._closed:
                 logger.warning("a process that lowers programs did not start: %s", error)
             return
-        self._has_helpers = True
+        self._helpers.add(process)
         self._free.put(process)
 
     @contextlib.contextmanager
@@ -99,7 +99,7 @@ class LoweringPool:
             try:
                 yield
             finally:
-                if not self._has_helpers:
+                if not self._helpers:
                     self._free.put(None)
             return
         try:
@@ -107,6 +107,7 @@ class LoweringPool:
         except (EOFError, OSError) as error:
             if not self._closed:
                 logger.warning("a process that lowers programs has ended (%s): this one goes on", error)
+            self._helpers.discard(process)
             process = None
         self._free.put(process)
         yield

@@ -107,7 +107,7 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
         with pytest.raises(AssertionError, match="traced"):
             runner.lower(third)
         pool._processes[0]._process.kill()
-        for _ in range(2):
+        for _ in range(4):
             with pool.turn(third):
                 assert store.lacks(third)
         assert caplog.text.count("has ended") == 1

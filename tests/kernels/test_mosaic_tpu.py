@@ -288,14 +288,18 @@ def test_blocks_divide_what_they_must(num_kv_heads, itemsize):
             assert num_kv_heads % blocks.heads == 0
 
 
-def test_tuning_files_replace_the_heuristic(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "_device_kind", lambda: "TPU v6 lite")
+def test_tuning_files_replace_the_heuristic():
     pages = jnp.zeros((1, 8, 16, 256), jnp.bfloat16)
-    assert mosaic_tpu._blocks(32, pages, None) == mosaic_tpu_plan.Blocks(pages=64, chunks=16, rows=256, heads=8)
-    monkeypatch.setattr(mosaic_tpu, "_device_kind", lambda: "TPU of no file")
-    assert mosaic_tpu._blocks(32, pages, None) == mosaic_tpu.heuristic_blocks(8, 16, 256, 2)
+
+    def blocks(device_kind: str, max_query_len: int | None) -> mosaic_tpu_plan.Blocks:
+        device = jax.sharding.AbstractDevice(device_kind=device_kind, platform="tpu", num_cores=1)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            return mosaic_tpu._blocks(32, pages, max_query_len)
+
+    assert blocks("TPU v6 lite", None) == mosaic_tpu_plan.Blocks(pages=64, chunks=16, rows=256, heads=8)
+    assert blocks("TPU of no file", None) == mosaic_tpu.heuristic_blocks(8, 16, 256, 2)
     # Units of one chunk are all that a step of decodes needs.
-    assert mosaic_tpu._blocks(32, pages, 1).chunks == 1
+    assert blocks("TPU of no file", 1).chunks == 1
 
 
 TUNING = sorted((Path(mosaic_tpu.__file__).parents[1] / "tuning").glob("tpu*/ragged_paged_attention.json"))
