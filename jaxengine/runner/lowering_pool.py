@@ -181,6 +181,6 @@ def main(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):  # the engine's process has ended
         main(Connection(int(sys.argv[1])))
     os._exit(0)  # nothing of the runner's is worth waiting for
