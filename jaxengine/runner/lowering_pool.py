@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PROCESSES = 8
 PROGRAMS_A_PROCESS = 4  # fewer are not worth one, which takes some seconds to start
+MAX_SECONDS = 180.0  # for one program, or to start; a process that takes longer is ended, and nothing waits for it
 
 
 def choose_num_processes(num_programs: int) -> int:
@@ -146,9 +147,12 @@ class _Process:
         """Sends it something, and waits until that is done.
 
         Raises:
-            EOFError, OSError: The process has ended.
+            EOFError, OSError: The process has ended, or had to be.
         """
         self._pipe.send(what)
+        if not self._pipe.poll(MAX_SECONDS):
+            self.close()
+            raise TimeoutError(f"no answer within {MAX_SECONDS:.0f} s")
         self._pipe.recv()
 
     def close(self) -> None:

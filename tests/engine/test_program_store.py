@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from signal import Signals
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.models.registry import abstract_model
-from jaxengine.runner import lowering, program_store
+from jaxengine.runner import lowering, lowering_pool, program_store
 from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
 from jaxengine.runner.model_runner import ModelRunner
 
@@ -88,7 +89,8 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
     assert all(file.stat().st_size > 1000 for file in files)
 
 
-def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, monkeypatch, caplog):
+@pytest.mark.parametrize("signal", [Signals.SIGKILL, Signals.SIGSTOP])
+def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, monkeypatch, caplog, signal):
     args = EngineArgs(model=str(tiny), dtype="float32", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16)
     config = dataclasses.replace(args.resolve(resolve_model(tiny)), warmup="none", num_pages=20)
     runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
@@ -106,11 +108,13 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
         runner.lower(first)
         with pytest.raises(AssertionError, match="traced"):
             runner.lower(third)
-        pool._processes[0]._process.kill()
+        monkeypatch.setattr(lowering_pool, "MAX_SECONDS", 0.5)
+        pool._processes[0]._process.send_signal(signal)
         for _ in range(4):
             with pool.turn(third):
                 assert store.lacks(third)
         assert caplog.text.count("has ended") == 1
+        assert ("no answer" in caplog.text) == (signal == Signals.SIGSTOP)
     with pool.turn(third):
         assert store.lacks(third)
 
