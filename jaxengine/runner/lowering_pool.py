@@ -15,7 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax
 
 from jaxengine.config import EngineConfig
 from jaxengine.pallas_kernels.target import num_cores, target_device
-from jaxengine.runner.program_store import jax_options
+from jaxengine.runner.program_store import ProgramStore, jax_options
 from jaxengine.runner.programs import ProgramKey
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,21 @@ MAX_SECONDS = 180.0  # for one program, or to start; a process that takes longer
 
 
 def choose_num_processes(num_programs: int) -> int:
-    """How many processes lower so many programs: on GPUs, as many as half of the cores, and as are worth starting."""
+    """How many processes lower so many programs: as many as half of the cores, and as are worth starting."""
     return min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, num_programs // PROGRAMS_A_PROCESS)
+
+
+def start_pool(
+    config: EngineConfig, num_pages: int, store: ProgramStore, keys: Sequence[ProgramKey]
+) -> LoweringPool | None:
+    """Starts processes that lower what the store has not, if that is worth some: by default on GPUs only."""
+    number = config.num_lowering_processes
+    if number == 0 or (number is None and config.platform != "gpu"):
+        return None
+    num_missing = sum(map(store.lacks, keys))
+    if number is None:
+        number = choose_num_processes(num_missing)
+    return LoweringPool(config, num_pages, number) if number and num_missing else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
 from jaxengine.runner.compiler import StepCompiler, freeze_heap, release_free_memory
 from jaxengine.runner.input_batch import PackedLayout, SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.lowering import lower
-from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
+from jaxengine.runner.lowering_pool import LoweringPool, start_pool
 from jaxengine.runner.memory import keep_small_places, num_pages_that_fit
 from jaxengine.runner.placement import Placement, bytes_on_a_device
 from jaxengine.runner.program_store import open_store
@@ -157,14 +157,9 @@ class ModelRunner:
         return lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages, self._store)
 
     def _queue(self, keys: Sequence[ProgramKey]) -> None:
-        """Queues programs, and starts processes that lower what the store has not, if that is worth some."""
+        """Queues programs, and starts processes that lower them if that is worth some."""
         if self._lowering_pool is None and self._store is not None:
-            num_missing = sum(map(self._store.lacks, keys))
-            number = self.config.num_lowering_processes
-            if number is None:
-                number = choose_num_processes(num_missing) if self.config.platform == "gpu" else 0
-            if number and num_missing:
-                self._lowering_pool = LoweringPool(self.config, self.num_pages, number)
+            self._lowering_pool = start_pool(self.config, self.num_pages, self._store, keys)
         self._compiler.add(keys)
 
     def _end_warmup(self) -> None:
@@ -172,6 +167,11 @@ class ModelRunner:
         self._close_lowering_pool()
         if not self.is_cpu:  # whose steps take so long that the collector's time is lost among them
             freeze_heap()
+
+    def _close_lowering_pool(self) -> None:
+        pool, self._lowering_pool = self._lowering_pool, None
+        if pool is not None:
+            pool.close()
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""
@@ -196,11 +196,6 @@ class ModelRunner:
         runner.close()
         held = [x for bucket in self.buckets for x in jax.tree.leaves(self._arrays.abstract_held(bucket))]
         return self.weight_bytes() + sum(used) + sum(bytes_on_a_device(x, x.sharding) for x in held)
-
-    def _close_lowering_pool(self) -> None:
-        pool, self._lowering_pool = self._lowering_pool, None
-        if pool is not None:
-            pool.close()
 
     def wait_until_warm(self) -> None:
         """Compiles whatever is left of the warm-up, and waits for it.

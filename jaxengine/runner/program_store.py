@@ -73,9 +73,8 @@ class ProgramStore:
         self._platform = "cuda" if platform == "gpu" else platform  # the name that lowering wants
 
     def lacks(self, key: ProgramKey) -> bool:
-        """Whether a program is not there, but could be. Samplers that have users' functions in them are not kept."""
-        is_kept = not (isinstance(key, SamplerKey) and key.processors)
-        return is_kept and not self._file(key).exists()
+        """Whether a program is not there, but could be."""
+        return _is_kept(key) and not self._file(key).exists()
 
     def exported(self, key: ProgramKey, jitted: Any, args: tuple) -> export.Exported | None:
         """The program of this key, lowered now if it is not there.
@@ -83,7 +82,7 @@ class ProgramStore:
         Returns:
             The program; None if it cannot be kept, and must be lowered in the usual way.
         """
-        if isinstance(key, SamplerKey) and key.processors:
+        if not _is_kept(key):
             return None
         file = self._file(key)
         with contextlib.suppress(OSError):
@@ -114,6 +113,11 @@ class ProgramStore:
                 os.replace(Path(part) / file.name, file)
         except OSError as error:
             logger.warning("%s cannot be written: %s", file, error)
+
+
+def _is_kept(key: ProgramKey) -> bool:
+    """Whether a program has a name for good: not a sampler that has users' functions in it."""
+    return not (isinstance(key, SamplerKey) and key.processors)
 
 
 def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
