@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import itertools
 import logging
@@ -51,7 +52,8 @@ class StepCompiler:
         Args:
             compile_one: Compiles what a key names.
             num_threads: How many compile at once.
-            when_done: Called, by one of them, whenever all that was queued is compiled.
+            when_done: Called, by one of them, whenever all that was queued is compiled, before those who wait for the
+                last of it go on.
         """
         self._compile_one = compile_one
         self._when_done = when_done
@@ -124,16 +126,21 @@ class StepCompiler:
                 if future.done() or future.running() or not future.set_running_or_notify_cancel():
                     continue
             try:
-                future.set_result(self._compile_one(key))
+                compiled = self._compile_one(key)
                 release_free_memory()
             except BaseException as error:  # handed to whoever waits for the key
                 logger.debug("compilation of %s failed", key, exc_info=True)
-                future.set_exception(error)
+                finish = functools.partial(future.set_exception, error)
+            else:
+                finish = functools.partial(future.set_result, compiled)
             with self._lock:
                 self._num_unfinished -= 1
                 is_done = not self._num_unfinished
-            if is_done and self._when_done is not None and not self._closed:
-                self._when_done()
+            try:
+                if is_done and self._when_done is not None and not self._closed:
+                    self._when_done()
+            finally:
+                finish()
 
 
 def release_free_memory() -> None:
