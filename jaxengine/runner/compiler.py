@@ -5,10 +5,10 @@ import contextlib
 import ctypes
 import functools
 import gc
+import heapq
 import itertools
 import logging
 import os
-import queue
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable
@@ -37,12 +37,17 @@ class CompilationCounter:
 class StepCompiler:
     """A set of compiled functions by key. Work is done by daemon threads, so a program can end before it is.
 
+    Nothing less urgent is begun while something more urgent is compiled: compilations take turns at locks and at
+    Python's interpreter, and eight at once would make the one that a step waits for take several times as long.
+
     A program that ends without `close` is closed at exit: a thread that comes back from XLA to a Python that is no
     longer there aborts the process.
     """
 
-    URGENT = -1
-    """Ahead of the warm-up: a step waits."""
+    URGENT = -2
+    """A step waits."""
+    FIRST = -1
+    """Ahead of the rest of the warm-up."""
 
     def __init__(
         self, compile_one: Callable[[Any], Any], num_threads: int, when_done: Callable[[], object] | None = None
@@ -57,11 +62,11 @@ class StepCompiler:
         """
         self._compile_one = compile_one
         self._when_done = when_done
-        self._num_unfinished = 0
         self._futures: dict[Hashable, Future] = {}
-        self._queue: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
+        self._waiting: list[tuple[int, int, Any]] = []  # a heap: priority, order, key
+        self._running: dict[Hashable, int] = {}  # priorities
         self._order = itertools.count()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True) for i in range(num_threads)
@@ -72,12 +77,12 @@ class StepCompiler:
 
     def add(self, keys: Iterable[Any], priority: int = 0) -> None:
         """Queues keys that are not there yet, in order."""
-        for key in keys:
-            with self._lock:
+        with self._changed:
+            for key in keys:
                 if key not in self._futures:
                     self._futures[key] = Future()
-                    self._num_unfinished += 1
-                    self._queue.put((priority, next(self._order), key))
+                    heapq.heappush(self._waiting, (priority, next(self._order), key))
+            self._changed.notify_all()
 
     def is_ready(self, key: Any) -> bool:
         future = self._futures.get(key)
@@ -93,10 +98,9 @@ class StepCompiler:
             Exception: Whatever its compilation raised.
         """
         future = self._futures.get(key)
-        if future is None:
+        if future is None or not future.done():
             self.add([key], self.URGENT)
-        elif not future.done():
-            self._queue.put((self.URGENT, next(self._order), key))  # a second entry; the first is skipped later
+            self._hurry(key)
         return self._futures[key].result()
 
     def wait(self, keys: Iterable[Any]) -> None:
@@ -107,24 +111,40 @@ class StepCompiler:
     def close(self) -> None:
         """Stops after the compilations under way, and waits for those: XLA must not be torn down beneath them."""
         atexit.unregister(self.close)
-        self._closed = True
-        for _ in self._threads:
-            self._queue.put((self.URGENT - 1, next(self._order), None))
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         for future in self._futures.values():
             future.cancel()
 
+    def _hurry(self, key: Any) -> None:
+        """Makes a key that waits or is compiled urgent."""
+        with self._changed:
+            if key in self._running:
+                self._running[key] = self.URGENT
+            for index, (priority, order, waiting) in enumerate(self._waiting):
+                if waiting == key and priority > self.URGENT:
+                    self._waiting[index] = self.URGENT, order, key
+                    heapq.heapify(self._waiting)
+                    break
+            self._changed.notify_all()
+
+    def _may_begin(self) -> bool:
+        return bool(self._waiting) and self._waiting[0][0] <= min(self._running.values(), default=0)
+
     def _work(self) -> None:
         _be_nice()
-        while not self._closed:
-            _, _, key = self._queue.get()
-            if key is None:
-                return
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._may_begin())
+                if self._closed:
+                    return
+                priority, _, key = heapq.heappop(self._waiting)
+                self._running[key] = priority
             future = self._futures[key]
-            with self._lock:
-                if future.done() or future.running() or not future.set_running_or_notify_cancel():
-                    continue
+            future.set_running_or_notify_cancel()
             try:
                 compiled = self._compile_one(key)
                 release_free_memory()
@@ -133,9 +153,10 @@ class StepCompiler:
                 finish = functools.partial(future.set_exception, error)
             else:
                 finish = functools.partial(future.set_result, compiled)
-            with self._lock:
-                self._num_unfinished -= 1
-                is_done = not self._num_unfinished
+            with self._changed:
+                del self._running[key]
+                is_done = not self._running and not self._waiting
+                self._changed.notify_all()
             try:
                 if is_done and self._when_done is not None and not self._closed:
                     self._when_done()

@@ -15,7 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax
 
 from jaxengine.config import EngineConfig
 from jaxengine.pallas_kernels.target import num_cores, target_device
-from jaxengine.runner.program_store import ProgramStore, jax_options
+from jaxengine.runner.program_store import jax_options
 from jaxengine.runner.programs import ProgramKey
 
 logger = logging.getLogger(__name__)
@@ -38,17 +38,12 @@ def choose_num_processes(num_programs: int) -> int:
     return min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, num_programs // PROGRAMS_A_PROCESS)
 
 
-def start_pool(
-    config: EngineConfig, num_pages: int, store: ProgramStore, keys: Sequence[ProgramKey]
-) -> LoweringPool | None:
-    """Starts processes that lower what the store has not, if that is worth some: by default on GPUs only."""
+def start_pool(config: EngineConfig, num_programs: int) -> LoweringPool | None:
+    """Starts processes for so many programs, if that is worth some: by default on GPUs only."""
     number = config.num_lowering_processes
-    if number == 0 or (number is None and config.platform != "gpu"):
-        return None
-    num_missing = sum(map(store.lacks, keys))
     if number is None:
-        number = choose_num_processes(num_missing)
-    return LoweringPool(config, num_pages, number) if number and num_missing else None
+        number = choose_num_processes(num_programs) if config.platform == "gpu" else 0
+    return LoweringPool(number) if number and num_programs else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +66,25 @@ class Job:
 class LoweringPool:
     """The processes, and this one, take turns at whatever comes."""
 
-    def __init__(self, config: EngineConfig, num_pages: int, num_processes: int):
-        """Starts the processes; until the first of them is ready, this process lowers.
+    def __init__(self, num_processes: int):
+        """Starts so many processes, which takes them some seconds; they wait for `begin`."""
+        self._job: Job | None = None
+        self._closed = False
+        self._helpers: set[_Process] = set()  # that are ready
+        # Who has nothing to do; None is this process, which has its turn where there are no others.
+        self._free: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
+        self._free.put(None)
+        self._processes = [_Process() for _ in range(num_processes)]
+
+    def begin(self, config: EngineConfig, num_pages: int) -> None:
+        """Tells the processes what they lower for; until the first of them is ready, this process lowers.
 
         Args:
             config: The engine's.
             num_pages: Of its cache.
-            num_processes: How many.
         """
+        if self._job is not None:
+            return
         # Functions of users stay here: they need not be importable elsewhere.
         config = dataclasses.replace(
             config, num_pages=num_pages, warmup="none", logits_processors=(), num_lowering_processes=0
@@ -86,16 +92,11 @@ class LoweringPool:
         device = target_device()
         about = device.device_kind, device.platform, num_cores(device)
         self._job = Job(config, jax_options(), jax.config.jax_compilation_cache_dir, about)
-        self._closed = False
-        self._helpers: set[_Process] = set()  # that are ready
-        # Who has nothing to do; None is this process, which has its turn where there are no others.
-        self._free: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
-        self._free.put(None)
-        self._processes = [_Process() for _ in range(num_processes)]
         for process in self._processes:
             threading.Thread(target=self._begin, args=(process,), name="jaxengine-lowering", daemon=True).start()
 
     def _begin(self, process: _Process) -> None:
+        assert self._job is not None
         try:
             process.ask(self._job)
         except (EOFError, OSError) as error:

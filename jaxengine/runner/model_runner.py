@@ -28,6 +28,7 @@ from jaxengine.runner.lowering import lower
 from jaxengine.runner.lowering_pool import LoweringPool, start_pool
 from jaxengine.runner.memory import keep_small_places, num_pages_that_fit
 from jaxengine.runner.placement import Placement, bytes_on_a_device
+from jaxengine.runner.platform import compiler_options
 from jaxengine.runner.program_store import open_store
 from jaxengine.runner.programs import (
     MaskKey,
@@ -108,9 +109,14 @@ class ModelRunner:
         is_shared = self.model_config.tensor_parallel_size > 1
         self._always_wanted = WIDE if is_shared else 0
         self._features = [features for features in FEATURE_SETS if features & WIDE or not is_shared]
-        self.num_pages = config.num_pages or least_of_all_processes(
-            num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None, bytes_in_use)
-        )
+        self._lowering_pool: LoweringPool | None = None
+        try:
+            self.num_pages = config.num_pages or least_of_all_processes(
+                num_pages_that_fit(config, self._bytes_beside_cache if not self.is_cpu else None, bytes_in_use)
+            )
+        except BaseException:
+            self._close_lowering_pool()
+            raise
         self._store = open_store(config, self.num_pages) if mesh is None else None
         self._slots = [
             SlotTable(scheduler.max_num_seqs, self.table_width, self.model_config.vocab_size)
@@ -123,8 +129,9 @@ class ModelRunner:
         self._walls: list[jax.Array] = []
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads, self._end_warmup)
-        self._lowering_pool: LoweringPool | None = None
-        self._queue(self._warmup_keys()[: {"none": 0, "lazy": LAZY_SHAPES}.get(config.warmup)])
+        keys = self._keys_at_start()
+        self._queue(keys[:LAZY_SHAPES], StepCompiler.FIRST)
+        self._queue(keys)
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure, and allocates the cache."""
@@ -145,22 +152,33 @@ class ModelRunner:
         keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))
 
+    def _keys_at_start(self) -> list[ProgramKey]:
+        return self._warmup_keys()[: {"none": 0, "lazy": LAZY_SHAPES}.get(self.config.warmup)]
+
     def compile_program(self, key: ProgramKey) -> jax.stages.Compiled:
         """Compiles a part of a step at once, and keeps nothing of it."""
-        pool, store = self._lowering_pool, self._store
-        with pool.turn(key) if pool and store and store.lacks(key) else contextlib.nullcontext():
+        pool = self._lowering_pool
+        with pool.turn(key) if pool and self.lacks(key) else contextlib.nullcontext():
             lowered = self.lower(key)
-        return lowered.compile(self._compiler_options())
+        num_tokens = key.num_tokens if isinstance(key, Bucket) else 0
+        return lowered.compile(compiler_options(self.config.platform, num_tokens))
+
+    def lacks(self, key: ProgramKey) -> bool:
+        """Whether a program is to be lowered, and could be kept."""
+        return self._store is not None and self._store.lacks(key)
 
     def lower(self, key: ProgramKey) -> jax.stages.Lowered:
         """Lowers a part of a step, or finds it in the store."""
         return lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages, self._store)
 
-    def _queue(self, keys: Sequence[ProgramKey]) -> None:
+    def _queue(self, keys: Sequence[ProgramKey], priority: int = 0) -> None:
         """Queues programs, and starts processes that lower them if that is worth some."""
-        if self._lowering_pool is None and self._store is not None:
-            self._lowering_pool = start_pool(self.config, self.num_pages, self._store, keys)
-        self._compiler.add(keys)
+        if self._store is not None:
+            if self._lowering_pool is None:
+                self._lowering_pool = start_pool(self.config, sum(map(self._store.lacks, keys)))
+            if self._lowering_pool is not None:
+                self._lowering_pool.begin(self.config, self.num_pages)
+        self._compiler.add(keys, priority)
 
     def _end_warmup(self) -> None:
         """Ends what only starting needs, once all that was queued is compiled."""
@@ -177,11 +195,6 @@ class ModelRunner:
         """Bytes of all weights on one device."""
         return sum(map(bytes_on_a_device, self._flat.leaves, self._leaf_places))
 
-    def _compiler_options(self) -> dict[str, Any]:
-        # On CPU, LLVM's level 1 compiles a 135M model's step in 2.5 s instead of 3.4 s, and the step is as fast: the
-        # time is in library matmuls (measured on 2 cores, 2026-11-23).
-        return {"xla_backend_optimization_level": 1} if self.is_cpu else {}
-
     def _bytes_beside_cache(self) -> int:
         """Memory of one device that the weights need, and the largest step and its sampler.
 
@@ -191,6 +204,8 @@ class ModelRunner:
         config = dataclasses.replace(self.config, model=model, num_pages=16, warmup="none")
         runner = ModelRunner(abstract_model(model, config.dtype, config.weight_dtype), config, self.mesh)
         sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self._processors)
+        if runner.lacks(self.buckets[-1]):  # then those of this engine are not there either
+            self._lowering_pool = start_pool(self.config, len(self._keys_at_start()))
         with ThreadPoolExecutor() as pool:
             used = list(map(temporary_bytes, pool.map(runner.compile_program, (self.buckets[-1], sampler))))
         runner.close()

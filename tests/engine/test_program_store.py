@@ -97,7 +97,8 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
     store = program_store.open_store(config, 20)
     assert store is not None
     first, second, third = (bucket for bucket in runner.buckets[:3])
-    with contextlib.closing(runner), contextlib.closing(LoweringPool(config, 20, 1)) as pool:
+    with contextlib.closing(runner), contextlib.closing(LoweringPool(1)) as pool:
+        pool.begin(config, 20)
         while store.lacks(first):  # until the process is ready it is this one's turn
             with pool.turn(first):
                 time.sleep(0.1)
@@ -117,6 +118,23 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
         assert ("no answer" in caplog.text) == (signal == Signals.SIGSTOP)
     with pool.turn(third):
         assert store.lacks(third)
+
+
+def test_processes_start_while_memory_is_measured_if_nothing_is_stored(tiny, cache):
+    args = EngineArgs(model=str(tiny), dtype="float32", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16)
+    config = dataclasses.replace(args.resolve(resolve_model(tiny)), warmup="none", num_pages=20)
+    runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+    runner.config = dataclasses.replace(config, warmup="full", num_lowering_processes=1)
+    with contextlib.closing(runner):
+        needed = runner._bytes_beside_cache()
+        pool = runner._lowering_pool
+        assert pool is not None
+        (process,) = pool._processes
+        assert process._process.poll() is None
+        runner._close_lowering_pool()
+        assert process._process.poll() is not None
+        assert runner._bytes_beside_cache() == needed
+        assert runner._lowering_pool is None
 
 
 def test_where_nothing_can_be_written_it_runs_all_the_same(tiny, cache, caplog):

@@ -32,6 +32,46 @@ def test_says_when_all_is_compiled_before_those_who_wait_go_on():
     compiler.close()
 
 
+def test_begins_nothing_less_urgent_beside_what_is_waited_for():
+    begun, go = [], {key: threading.Event() for key in "abcd"}
+
+    def compile_one(key):
+        begun.append(key)
+        go[key].wait(60)
+        return key
+
+    def wait_for(keys):
+        for _ in range(6000):
+            if begun == list(keys):
+                break
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert begun == list(keys)
+
+    compiler = StepCompiler(compile_one, num_threads=3)
+    compiler.add(["a"], compiler.FIRST)
+    compiler.add(["b", "c"])
+    wait_for("a")
+    waiting = threading.Thread(target=compiler.get, args=("c",))
+    waiting.start()
+    wait_for("ac")
+    go["a"].set()
+    assert compiler.get("a") == "a"
+    wait_for("ac")
+    go["c"].set()
+    waiting.join(60)
+    wait_for("acb")
+    threading.Thread(target=compiler.get, args=("b",), daemon=True).start()
+    while compiler._running != {"b": compiler.URGENT}:
+        time.sleep(0.01)
+    compiler.add(["d"])
+    wait_for("acb")  # what is waited for while it is compiled is urgent too
+    go["b"].set()
+    wait_for("acbd")
+    go["d"].set()
+    compiler.close()
+
+
 def test_what_is_hidden_from_the_garbage_collector_stays_until_it_is_shown_again():
     kept = [{"key": number} for number in range(1000)]
     before = gc.get_freeze_count()
