@@ -44,10 +44,8 @@ class StepCompiler:
     longer there aborts the process.
     """
 
-    URGENT = -2
-    """A step waits."""
-    FIRST = -1
-    """Ahead of the rest of the warm-up."""
+    URGENT = -sys.maxsize
+    """The priority of what a step waits for: ahead of all others."""
 
     def __init__(
         self, compile_one: Callable[[Any], Any], num_threads: int, when_done: Callable[[], object] | None = None
@@ -76,7 +74,7 @@ class StepCompiler:
             thread.start()
 
     def add(self, keys: Iterable[Any], priority: int = 0) -> None:
-        """Queues keys that are not there yet, in order."""
+        """Queues keys that are not there yet, in order; those of a lower number come first."""
         with self._changed:
             for key in keys:
                 if key not in self._futures:

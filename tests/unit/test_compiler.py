@@ -49,7 +49,7 @@ def test_begins_nothing_less_urgent_beside_what_is_waited_for():
         assert begun == list(keys)
 
     compiler = StepCompiler(compile_one, num_threads=3)
-    compiler.add(["a"], compiler.FIRST)
+    compiler.add(["a"], -1)
     compiler.add(["b", "c"])
     wait_for("a")
     waiting = threading.Thread(target=compiler.get, args=("c",))
