@@ -130,8 +130,7 @@ class ModelRunner:
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads, self._end_warmup)
         keys = self._keys_at_start()
-        for index, key in enumerate(keys[:LAZY_SHAPES]):  # one by one: the first token waits for one
-            self._queue([key], index - LAZY_SHAPES)
+        self._queue(keys[:LAZY_SHAPES], -1)
         self._queue(keys)
 
     def load(self, model: CausalLM) -> None:
