@@ -11,6 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# For what says nothing else; steps of engines do. Kernels in interpreters and models' layers by themselves run once or
+# twice, and LLVM's optimiser takes longer than that: 45 instead of 76 s for test_ragged_paged_attention.py (two AVX2
+# cores, 2026-11-26). XLA reads it when JAX starts.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+
 import jax
 import numpy as np
 import pytest
@@ -79,7 +84,7 @@ def compile_for_tpu():
     In a process of its own: libtpu reads its settings before jax starts.
     """
     libtpu = pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: uv run --group aot")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so others may use libtpu too
         "TPU_LIBRARY_PATH": libtpu.get_library_path(),

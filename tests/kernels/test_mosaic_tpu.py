@@ -114,8 +114,7 @@ def run(case: Case, inputs, *, layers: int = 1, planned: bool = False, max_query
             meta = op.shift_pages(meta, jnp.int32((layers - 1) * empty.shape[0]))
         return op.ragged_paged_attention(q, k, v, cache, meta, **options)
 
-    # XLA optimising the interpreter's program would take half of the test's time.
-    jitted = jax.jit(call, donate_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
+    jitted = jax.jit(call, donate_argnums=3)
     try:
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
             out, cache = jitted(*(jnp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), cache, meta)

@@ -42,8 +42,7 @@ class Runner:
             hidden, caches = model(token_ids, positions, caches, meta)
             return model.compute_logits(hidden), caches
 
-        # Without optimisation the code is as right and compiles in half the time.
-        self.step = jax.jit(step, donate_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
+        self.step = jax.jit(step, donate_argnums=3)
         self.restart()
 
     def restart(self) -> None:
