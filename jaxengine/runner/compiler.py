@@ -95,8 +95,7 @@ class StepCompiler:
         Raises:
             Exception: Whatever its compilation raised.
         """
-        future = self._futures.get(key)
-        if future is None or not future.done():
+        if not self.is_ready(key):
             self.add([key], self.URGENT)
             self._hurry(key)
         return self._futures[key].result()
@@ -130,7 +129,7 @@ class StepCompiler:
             self._changed.notify_all()
 
     def _may_begin(self) -> bool:
-        return bool(self._waiting) and self._waiting[0][0] <= min(self._running.values(), default=0)
+        return bool(self._waiting) and self._waiting[0][0] <= min(self._running.values(), default=sys.maxsize)
 
     def _work(self) -> None:
         _be_nice()

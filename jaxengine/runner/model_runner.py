@@ -130,8 +130,9 @@ class ModelRunner:
         num_threads = config.num_compile_threads or (2 if self.is_cpu else min(8, os.cpu_count() or 1))
         self._compiler = StepCompiler(self.compile_program, num_threads, self._end_warmup)
         keys = self._keys_at_start()
-        self._queue(keys[:LAZY_SHAPES], -1)
-        self._queue(keys)
+        self._start_lowering(keys)
+        self._compiler.add(keys[:LAZY_SHAPES], priority=-1)
+        self._compiler.add(keys)
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure, and allocates the cache."""
@@ -171,14 +172,18 @@ class ModelRunner:
         """Lowers a part of a step, or finds it in the store."""
         return lower(key, self._flat, self._leaf_places, self._layouts, self._arrays, self.num_pages, self._store)
 
-    def _queue(self, keys: Sequence[ProgramKey], priority: int = 0) -> None:
-        """Queues programs, and starts processes that lower them if that is worth some."""
-        if self._store is not None:
-            if self._lowering_pool is None:
-                self._lowering_pool = start_pool(self.config, sum(map(self._store.lacks, keys)))
-            if self._lowering_pool is not None:
-                self._lowering_pool.begin(self.config, self.num_pages)
-        self._compiler.add(keys, priority)
+    def _queue(self, keys: Sequence[ProgramKey]) -> None:
+        self._start_lowering(keys)
+        self._compiler.add(keys)
+
+    def _start_lowering(self, keys: Sequence[ProgramKey]) -> None:
+        """Starts processes that lower programs, if that is worth some and none are there."""
+        if self._store is None:
+            return
+        if self._lowering_pool is None:
+            self._lowering_pool = start_pool(self.config, sum(map(self._store.lacks, keys)))
+        if self._lowering_pool is not None:
+            self._lowering_pool.begin(self.config, self.num_pages)
 
     def _end_warmup(self) -> None:
         """Ends what only starting needs, once all that was queued is compiled."""
