@@ -36,7 +36,8 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
     # Steps planned at once have the shapes of steps planned one by one, or of some of them.
     limits = dataclasses.replace(engine.config.scheduler, num_scheduler_steps=1)
     config, runner = dataclasses.replace(engine.config, scheduler=limits), _Recorder()
-    scheduler = make_scheduler(config, engine.core.runner.num_pages)
+    num_pages = engine.core.runner.programs.num_pages
+    scheduler = make_scheduler(config, num_pages)
     core = EngineCore(scheduler, runner, engine.core.grammars)  # pyright: ignore[reportArgumentType]
     for index, (prompt, output_len) in enumerate(workload.requests):
         params = request_params(output_len, detokenize=False)
@@ -48,7 +49,7 @@ def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None
             f"{workload.name}: {window.num_seqs} requests never decode {window.num_steps} tokens together with "
             f"max_model_len={config.scheduler.max_model_len}, max_num_seqs={config.scheduler.max_num_seqs}, "
             f"max_num_batched_tokens={config.scheduler.max_num_batched_tokens} and a KV cache of "
-            f"{engine.core.runner.num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or "
+            f"{num_pages} pages of {config.block_size} tokens: lower batch_size, input_len or "
             "output_len, or raise what is too small"
         )
     return runner.shapes
@@ -59,6 +60,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.shapes: set[StepShape] = set()
+        self.programs = self  # all of them ready
 
     def max_ready_tokens(self) -> None:
         return None

@@ -138,23 +138,23 @@ class GpuPreset:
 
     def _compile(self, llm: LLM, rows: Sequence[GpuRow], about: dict[str, Any]) -> dict[GpuRow, str]:
         """Compiles what the rows need, all at once; returns why some cannot run."""
-        runner = llm.llm_engine.core.runner
+        programs = llm.llm_engine.core.runner.programs
         keys: dict[GpuRow, list[ProgramKey]] = {}
         errors: dict[GpuRow, str] = {}
         started = time.perf_counter()
         for row in rows:
             try:
-                keys[row] = runner.compile_ahead(sorted(row_shapes(llm, row)))
+                keys[row] = programs.compile_ahead(sorted(row_shapes(llm, row)))
             except ValueError as error:
                 errors[row] = _text(error)
         for row, needed in keys.items():
             try:
-                runner.wait_until_compiled(needed)
+                programs.wait_until_compiled(needed)
             except Exception as error:  # the compiler's own kinds
                 errors[row] = _text(error)
         num_shapes = len({key for needed in keys.values() for key in needed if isinstance(key, Bucket)})
         compile_s = round(time.perf_counter() - started, 2)
-        self.engines.append(about | {"compile_s": compile_s, "num_shapes": num_shapes, "num_pages": runner.num_pages})
+        self.engines.append(about | {"compile_s": compile_s, "num_shapes": num_shapes, "num_pages": programs.num_pages})
         return errors
 
     def _measure(self, llm: LLM, row: GpuRow) -> GpuRowResult:

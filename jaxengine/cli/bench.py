@@ -188,8 +188,9 @@ def run_latency(args: argparse.Namespace) -> int:
         from jaxengine.bench.profile import trace
         from jaxengine.bench.report import print_latency
 
-        batch, runner = DecodeBatch(args.batch_size, args.input_len, args.output_len), llm.llm_engine.core.runner
-        runner.wait_until_compiled(runner.compile_ahead(step_shapes(llm, batch.workload(llm), batch.window)))
+        batch = DecodeBatch(args.batch_size, args.input_len, args.output_len)
+        programs = llm.llm_engine.core.runner.programs
+        programs.wait_until_compiled(programs.compile_ahead(step_shapes(llm, batch.workload(llm), batch.window)))
         status.show(f"measuring {batch.name} ...")
         with trace(args.profile):
             result = measure_decode(llm, batch, bandwidth=found["bandwidth"])

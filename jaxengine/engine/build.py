@@ -51,14 +51,14 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
         try:
             runner.load(model.result())
             if config.warmup == "full":
-                runner.wait_until_warm()
+                runner.programs.wait_until_warm()
             elif config.warmup != "none":
-                runner.wait_until_ready()
+                runner.programs.wait_until_ready()
         except BaseException:
             runner.close()
             raise
     grammars = GrammarCompiler(get_tokenizer, config.model.vocab_size, eos_token_ids(checkpoint))
-    return EngineCore(make_scheduler(config, runner.num_pages), runner, grammars)
+    return EngineCore(make_scheduler(config, runner.programs.num_pages), runner, grammars)
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:

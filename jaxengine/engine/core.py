@@ -119,7 +119,7 @@ class EngineCore:
         """Dispatches a step, or, if grammars say what may be sampled in it, the model's part of it."""
         if not self.scheduler.has_unfinished_requests():
             return None
-        batches = self.scheduler.schedule(self.runner.max_ready_tokens(), self._pacer.num_steps)
+        batches = self.scheduler.schedule(self.runner.programs.max_ready_tokens(), self._pacer.num_steps)
         if batches is None:
             return None
         num_steps = batches[0].num_steps

@@ -139,7 +139,7 @@ class LLMEngine:
 
     def wait_until_warm(self) -> None:
         """Waits until every step shape is compiled."""
-        self.core.runner.wait_until_warm()
+        self.core.runner.programs.wait_until_warm()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False (and no change) while requests hold pages."""
@@ -164,7 +164,8 @@ class LLMEngine:
         """Takes the device memory back; after a sleep of level 2 the weights are loaded anew."""
         from jaxengine.engine.build import load_weights
 
-        self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config, self.core.runner.mesh))
+        mesh = self.core.runner.programs.place.mesh
+        self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config, mesh))
 
     @property
     def is_sleeping(self) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxengine.config import EngineConfig
     from jaxengine.runner.buckets import Bucket
-    from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.runner.step_programs import StepPrograms
 
 PLACEHOLDER_PAGES = 1024
 """Pages that steps are compiled with: how many there are changes nothing but the size of an argument."""
@@ -127,8 +127,8 @@ def make_plan(
     """
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.memory import page_bytes
-    from jaxengine.runner.model_runner import ModelRunner
     from jaxengine.runner.programs import SamplerKey, temporary_bytes
+    from jaxengine.runner.step_programs import StepPrograms
     from jaxengine.sampling.sampler import EVERY_FEATURE
     from jaxengine.sharding.mesh import make_mesh
 
@@ -137,7 +137,7 @@ def make_plan(
         shards = f"data_parallel_size={num_shards} x " if num_shards > 1 else ""
         raise ValueError(f"{shards}tensor_parallel_size={size}: {target} has {len(devices)} devices")
     model = abstract_model(config.model, config.dtype, config.weight_dtype)
-    runner = ModelRunner(model, config, make_mesh(num_shards, size, devices=devices))
+    programs = StepPrograms(model, config, make_mesh(num_shards, size, devices=devices))
     try:
         plan = Plan(
             target=target,
@@ -147,20 +147,20 @@ def make_plan(
             block_size=config.block_size,
             max_model_len=config.scheduler.max_model_len,
             context=context,
-            weight_bytes=runner.weight_bytes(),
+            weight_bytes=programs.weight_bytes(),
             page_bytes=page_bytes(config),
             memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
         )
-        buckets = runner.buckets if every_step else _main_buckets(runner.buckets)
+        buckets = programs.buckets if every_step else _main_buckets(programs.buckets)
         for number, bucket in enumerate(buckets, 1):
             progress(f"step {number} of {len(buckets)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
-            plan.steps.append(_plan_step(runner, bucket, config, chip, context))
+            plan.steps.append(_plan_step(programs, bucket, config, chip, context))
         progress("the sampler ...")
-        sampler = runner.compile_program(SamplerKey(runner.buckets[-1].num_seqs, EVERY_FEATURE, ()))
+        sampler = programs.compile_program(SamplerKey(programs.buckets[-1].num_seqs, EVERY_FEATURE, ()))
         plan.sampler_bytes = temporary_bytes(sampler)
         plan.sampler_collectives = _collectives(sampler)
     finally:
-        runner.close()
+        programs.close()
     plan.num_pages = max(plan.memory_bytes - plan.weight_bytes - plan.largest_temporaries, 0) // plan.page_bytes
     return plan
 
@@ -172,11 +172,11 @@ def _main_buckets(buckets: list[Bucket]) -> list[Bucket]:
     return list(dict.fromkeys([decodes[0], decodes[-1], largest[0], largest[-1]]))
 
 
-def _plan_step(runner: ModelRunner, bucket: Bucket, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
+def _plan_step(programs: StepPrograms, bucket: Bucket, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
     from jaxengine.runner.programs import temporary_bytes
 
     started = time.perf_counter()
-    compiled = runner.compile_program(bucket)
+    compiled = programs.compile_program(bucket)
     seconds = time.perf_counter() - started
     read_bytes = decode_bytes(config, bucket.num_seqs, context)
     flops = _flops(config, bucket, context)

@@ -177,7 +177,7 @@ class _Process:
 def main(pipe: Connection) -> None:
     """Lowers what is asked for until the other end is closed."""
     from jaxengine.models.registry import abstract_model
-    from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.runner.step_programs import StepPrograms
 
     os.nice(10)
     job: Job = pipe.recv()
@@ -187,12 +187,12 @@ def main(pipe: Connection) -> None:
     device = jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=cores)
     config = job.config
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+        programs = StepPrograms(abstract_model(config.model, config.dtype, config.weight_dtype), config)
         pipe.send(None)
         while True:
             key = pipe.recv()
             try:
-                runner.lower(key)
+                programs.lower(key)
             except Exception:  # the engine's process, which finds nothing in the store, raises it again
                 logger.debug("%s was not lowered", key, exc_info=True)
             pipe.send(None)
@@ -201,4 +201,4 @@ def main(pipe: Connection) -> None:
 if __name__ == "__main__":
     with contextlib.suppress(EOFError, OSError):  # the engine's process has ended
         main(Connection(int(sys.argv[1])))
-    os._exit(0)  # nothing of the runner's is worth waiting for
+    os._exit(0)  # nothing here is worth waiting for

@@ -163,7 +163,7 @@ def main(model: str, cases: list[str]) -> None:
                 llm.sleep(level)
                 llm.wake_up()
                 ask([10, 4, 7], 4)
-            texts = engine.core.runner.compiled_programs()
+            texts = engine.core.runner.programs.compiled_programs()
             print(
                 json.dumps(
                     {

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.runner import model_runner
+from jaxengine.runner import step_programs
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 24
@@ -82,10 +82,10 @@ def test_a_batch_of_64_equals_each_alone(tiny, tiny_reference, options):
 
 def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
     prompts, want = tiny_reference
-    make_buckets = model_runner.make_buckets
-    monkeypatch.setattr(model_runner, "make_buckets", lambda *args, coarse: make_buckets(*args, coarse=False))
+    make_buckets = step_programs.make_buckets
+    monkeypatch.setattr(step_programs, "make_buckets", lambda *args, coarse: make_buckets(*args, coarse=False))
     with LLM(str(tiny), **(BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16})) as llm:
-        assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.buckets)
+        assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.programs.buckets)
         assert greedy(llm, prompts) == want
 
 

@@ -12,11 +12,11 @@ from tests.conftest import SMALL_ENGINE, write_tiny_model
 def test_two_layers_tell_what_the_largest_step_needs(tmp_path):
     write_tiny_model(tmp_path, layers=7)
     with LLM(str(tmp_path), dtype="float32", **SMALL_ENGINE) as llm:
-        runner = llm.llm_engine.core.runner
-        largest = runner.buckets[-1]
-        programs = [runner.compile_program(key) for key in (largest, SamplerKey(largest.num_seqs, EVERY_FEATURE, ()))]
-        needed = runner.weight_bytes() + sum(map(temporary_bytes, programs))
-        assert 0.99 * needed <= runner._bytes_beside_cache() <= 1.01 * needed
+        programs = llm.llm_engine.core.runner.programs
+        largest = programs.buckets[-1]
+        compiled = [programs.compile_program(key) for key in (largest, SamplerKey(largest.num_seqs, EVERY_FEATURE, ()))]
+        needed = programs.weight_bytes() + sum(map(temporary_bytes, compiled))
+        assert 0.99 * needed <= programs.bytes_beside_cache() <= 1.01 * needed
 
 
 def test_the_cache_gets_the_share_of_the_device_that_is_asked_for(monkeypatch):

@@ -16,7 +16,7 @@ from jaxengine.loading.resolve import resolve_model
 from jaxengine.models.registry import abstract_model
 from jaxengine.runner import lowering, lowering_pool, program_store
 from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
-from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.step_programs import StepPrograms
 
 
 @pytest.fixture
@@ -93,11 +93,11 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
 def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, monkeypatch, caplog, signal):
     args = EngineArgs(model=str(tiny), dtype="float32", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16)
     config = dataclasses.replace(args.resolve(resolve_model(tiny)), warmup="none", num_pages=20)
-    runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+    programs = StepPrograms(abstract_model(config.model, config.dtype, config.weight_dtype), config)
     store = program_store.open_store(config, 20)
     assert store is not None
-    first, second, third = (bucket for bucket in runner.buckets[:3])
-    with contextlib.closing(runner), contextlib.closing(LoweringPool(1)) as pool:
+    first, second, third = (bucket for bucket in programs.buckets[:3])
+    with contextlib.closing(programs), contextlib.closing(LoweringPool(1)) as pool:
         pool.begin(config, 20)
         while store.lacks(first):  # until the process is ready it is this one's turn
             with pool.turn(first):
@@ -106,9 +106,9 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
             assert not store.lacks(second)
         assert not caplog.text
         monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
-        runner.lower(first)
+        programs.lower(first)
         with pytest.raises(AssertionError, match="traced"):
-            runner.lower(third)
+            programs.lower(third)
         monkeypatch.setattr(lowering_pool, "MAX_SECONDS", 0.5)
         pool._processes[0]._process.send_signal(signal)
         for _ in range(4):
@@ -123,18 +123,18 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
 def test_processes_start_while_memory_is_measured_if_nothing_is_stored(tiny, cache):
     args = EngineArgs(model=str(tiny), dtype="float32", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16)
     config = dataclasses.replace(args.resolve(resolve_model(tiny)), warmup="none", num_pages=20)
-    runner = ModelRunner(abstract_model(config.model, config.dtype, config.weight_dtype), config)
-    runner.config = dataclasses.replace(config, warmup="full", num_lowering_processes=1)
-    with contextlib.closing(runner):
-        needed = runner._bytes_beside_cache()
-        pool = runner._lowering_pool
+    programs = StepPrograms(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+    programs.config = dataclasses.replace(config, warmup="full", num_lowering_processes=1)
+    with contextlib.closing(programs):
+        needed = programs.bytes_beside_cache()
+        pool = programs._lowering_pool
         assert pool is not None
         (process,) = pool._processes
         assert process._process.poll() is None
-        runner._close_lowering_pool()
+        programs._close_lowering_pool()
         assert process._process.poll() is not None
-        assert runner._bytes_beside_cache() == needed
-        assert runner._lowering_pool is None
+        assert programs.bytes_beside_cache() == needed
+        assert programs._lowering_pool is None
 
 
 def test_where_nothing_can_be_written_it_runs_all_the_same(tiny, cache, caplog):

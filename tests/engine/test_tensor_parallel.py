@@ -133,7 +133,7 @@ def test_wrong_sizes_are_refused(tiny, size, text):
 def collectives(llm: Any) -> list[tuple[str, int]]:
     """Kind of every collective in the compiled steps, and elements of the largest array that it makes."""
     found = []
-    for text in llm.llm_engine.core.runner.compiled_programs():
+    for text in llm.llm_engine.core.runner.programs.compiled_programs():
         for shapes, kind in COLLECTIVE.findall(re.sub(r"/\*.*?\*/", "", text)):
             sizes = [map(int, filter(None, shape.split(","))) for shape in re.findall(r"\[([\d,]*)\]", shapes)]
             found.append((kind, max(map(math.prod, sizes))))
