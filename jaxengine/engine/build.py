@@ -36,6 +36,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
     set_up_compilation_cache(args.compilation_cache_dir)
     from jaxengine.models.registry import abstract_model
     from jaxengine.runner.model_runner import ModelRunner
+    from jaxengine.runner.step_programs import StepPrograms
     from jaxengine.scheduler.shards import make_scheduler
     from jaxengine.sharding.mesh import make_mesh
 
@@ -45,20 +46,20 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
     bytes_in_use = device_bytes_in_use()
     with ThreadPoolExecutor(1) as pool:  # weights load while the first steps compile
         model = pool.submit(load_weights, args, checkpoint, config, mesh)
-        runner = ModelRunner(
-            abstract_model(config.model, config.dtype, config.weight_dtype), config, mesh, bytes_in_use
-        )
+        abstract = abstract_model(config.model, config.dtype, config.weight_dtype)
+        programs = StepPrograms(abstract, config, mesh, bytes_in_use)
+        runner = ModelRunner(programs)
         try:
             runner.load(model.result())
             if config.warmup == "full":
-                runner.programs.wait_until_warm()
+                programs.wait_until_warm()
             elif config.warmup != "none":
-                runner.programs.wait_until_ready()
+                programs.wait_until_ready()
         except BaseException:
             runner.close()
             raise
     grammars = GrammarCompiler(get_tokenizer, config.model.vocab_size, eos_token_ids(checkpoint))
-    return EngineCore(make_scheduler(config, runner.programs.num_pages), runner, grammars)
+    return EngineCore(make_scheduler(config, programs.num_pages), runner, grammars)
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:

@@ -15,7 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -38,11 +38,14 @@ def choose_num_processes(num_programs: int) -> int:
     return min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, num_programs // PROGRAMS_A_PROCESS)
 
 
-def start_pool(config: EngineConfig, num_programs: int) -> LoweringPool | None:
-    """Starts processes for so many programs, if that is worth some: by default on GPUs only."""
+def start_pool(config: EngineConfig, keys: Iterable[ProgramKey]) -> LoweringPool | None:
+    """Starts processes for programs, if that is worth some, by default on GPUs only; elsewhere nobody counts `keys`."""
     number = config.num_lowering_processes
+    if number == 0 or (number is None and config.platform != "gpu"):
+        return None
+    num_programs = sum(1 for _ in keys)
     if number is None:
-        number = choose_num_processes(num_programs) if config.platform == "gpu" else 0
+        number = choose_num_processes(num_programs)
     return LoweringPool(number) if number and num_programs else None
 
 

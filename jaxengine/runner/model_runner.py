@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
@@ -23,14 +22,7 @@ from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, S
 from jaxengine.runner.step_programs import StepPrograms
 from jaxengine.runner.steps import FlatModel, ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.sampling.sampler import (
-    EVERY_FEATURE,
-    LOGPROBS,
-    MIN_TOKENS,
-    RANDOM,
-    USES_STATE,
-    feature_set,
-)
+from jaxengine.sampling.sampler import EVERY_FEATURE, LOGPROBS, MIN_TOKENS, RANDOM, USES_STATE, feature_set
 from jaxengine.sampling.state import slot_values
 from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 from jaxengine.sharding.distributed import is_multiprocess
@@ -50,23 +42,15 @@ class ModelRunner:
         programs: What it runs.
     """
 
-    def __init__(self, model: CausalLM, config: EngineConfig, mesh: Mesh | None = None, bytes_in_use: int = 0):
-        """Starts compiling for an abstract model; `load` brings the weights, and may come later.
-
-        Args:
-            model: The model without weights, as its class makes it without `rngs`.
-            config: The engine's configuration.
-            mesh: The devices; None for the default device.
-            bytes_in_use: Of a device, by others than this model.
-        """
-        self.config = config
-        self.model_config = config.model
-        self.programs = programs = StepPrograms(model, config, mesh, bytes_in_use)
+    def __init__(self, programs: StepPrograms):
+        """Takes the programs, which may still be compiling; `load` brings the weights."""
+        self.programs = programs
+        self.config: EngineConfig = programs.config
         self._layouts, self._place, self._arrays = programs.layouts, programs.place, programs.arrays
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._slots = [
-            SlotTable(config.scheduler.max_num_seqs, programs.table_width, self.model_config.vocab_size)
+            SlotTable(self.config.scheduler.max_num_seqs, programs.table_width, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
         self._caches: list = []

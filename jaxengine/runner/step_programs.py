@@ -142,7 +142,7 @@ class StepPrograms:
         small = StepPrograms(abstract_model(model, config.dtype, config.weight_dtype), config, self.place.mesh)
         sampler = SamplerKey(self.buckets[-1].num_seqs, EVERY_FEATURE, self.processors)
         if small.lacks(self.buckets[-1]):  # then those of this engine are not there either
-            self._lowering_pool = start_pool(self.config, len(self._keys_at_start()))
+            self._lowering_pool = start_pool(self.config, self._keys_at_start())
         with ThreadPoolExecutor() as pool:
             used = list(map(temporary_bytes, pool.map(small.compile_program, (self.buckets[-1], sampler))))
         small.close()
@@ -236,10 +236,8 @@ class StepPrograms:
 
     def _start_lowering(self, keys: Sequence[ProgramKey]) -> None:
         """Starts processes that lower programs, if that is worth some and none are there."""
-        if self._store is None:
-            return
         if self._lowering_pool is None:
-            self._lowering_pool = start_pool(self.config, sum(map(self._store.lacks, keys)))
+            self._lowering_pool = start_pool(self.config, filter(self.lacks, keys))
         if self._lowering_pool is not None:
             self._lowering_pool.begin(self.config, self.num_pages)
 
