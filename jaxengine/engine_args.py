@@ -57,8 +57,8 @@ class EngineArgs:
         scheduling_policy: "fcfs" or "priority".
         async_scheduling: Whether the host runs one step ahead of the device.
         num_scheduler_steps: Decode steps that are planned at once while all requests decode and none waits: their
-            tokens come together. None: 1 on CPUs; elsewhere more than 1, at most 8, when planning each by itself
-            would leave the device waiting.
+            tokens come together. None: 1 on CPUs; elsewhere 4 or 8 when planning each by itself would leave the
+            device waiting, or they take less than 10 ms together.
         max_logprobs: Most `logprobs` or `prompt_logprobs` a request may ask for.
         generation_config: "auto" takes the model's own default sampling parameters; "vllm" or "none" ignores them.
         logits_processors: Functions that requests may name in `SamplingParams.logits_processors`: JAX functions of

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import statistics
 
-MAX_STEPS = 8
+NUMBERS = 1, 4, 8
+"""Of steps planned at once. Of few sequences, four are one call of a compiled program (`buckets.NUM_REPEATS`)."""
 MAX_SECONDS = 0.04
 """What is planned at once takes no longer than this, but in trials: its tokens come together, and new requests wait."""
+UNNOTICED_SECONDS = 0.01
+"""More than one step is planned wherever they take no longer than this together: a host that is held up has that much
+time, and more of it for others."""
 NUM_SAMPLES = 5
 """Plans that are timed before numbers are compared, with their median."""
 NUM_QUIET = 50
@@ -18,11 +22,11 @@ GAIN = 0.03
 class StepPacer:
     """Finds the number by trying.
 
-    Planning a step, launching it and taking in its tokens costs the host some microseconds a sequence, while the device
-    runs the step before. Where that takes longer than the device needs, planning several decode steps at once shares
-    the cost out among them. Whether it does cannot be told from how long the host waits, since a launch goes on in
-    other threads; so now and then twice as many are tried, and kept if a step takes less time then. Half as many are
-    tried too, and kept unless a step takes longer. A host that waits most of the time tries nothing.
+    Planning a step, launching it and taking in its tokens costs the host a millisecond, and some microseconds a
+    sequence, while the device runs the step before. Where that takes longer than the device needs, planning several
+    decode steps at once shares the cost out among them. Whether it does cannot be told from how long the host waits,
+    since a launch goes on in other threads; so now and then more are tried, and kept if a step takes less time then.
+    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries no more.
 
     Attributes:
         num_steps: To plan next.
@@ -69,22 +73,27 @@ class StepPacer:
     def _try(self, step_seconds: float, waited_share: float) -> None:
         """Another number, compared with the time that a step takes now."""
         self._kept_seconds = step_seconds
-        may_grow = 2 * self.num_steps <= MAX_STEPS and self.num_steps * step_seconds <= MAX_SECONDS
-        if self.num_steps > 1 and (self._tries_fewer or waited_share > 0.5):
-            self.num_steps //= 2
-        elif may_grow and waited_share < 0.5:
-            self.num_steps *= 2
+        fewer = max((n for n in NUMBERS if n < self.num_steps), default=0)
+        more = min((n for n in NUMBERS if n > self.num_steps), default=0)
+        if fewer == 1 and self.num_steps * step_seconds <= UNNOTICED_SECONDS:
+            fewer = 0
+        if fewer and (self._tries_fewer or waited_share > 0.5):
+            self.num_steps = fewer
+        elif more and waited_share < 0.5 and self.num_steps * step_seconds <= MAX_SECONDS:
+            self.num_steps = more
         else:
             self._num_quiet = NUM_QUIET
         self._tries_fewer = not self._tries_fewer
 
     def _judge(self, step_seconds: float) -> None:
         """Keeps the number tried, or goes back."""
-        change = step_seconds / self._kept_seconds - 1
-        if self.num_steps > self._kept:
-            is_better = change < -GAIN and self.num_steps * step_seconds <= MAX_SECONDS
-        else:
+        change, seconds = step_seconds / self._kept_seconds - 1, self.num_steps * step_seconds
+        if self.num_steps < self._kept:
             is_better = change < GAIN or self._kept * self._kept_seconds > MAX_SECONDS
+        elif self._kept == 1 and seconds <= UNNOTICED_SECONDS:
+            is_better = change < GAIN
+        else:
+            is_better = change < -GAIN and seconds <= MAX_SECONDS
         if is_better:
             self._kept = self.num_steps
             self._tries_fewer = False

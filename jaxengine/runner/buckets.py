@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 FEW_SEQS = 8
+# Decode steps of one call, for as many sequences: launching a step of few costs the host more than it takes the device.
+NUM_REPEATS = 4
+MAX_REPEATED_SEQS = 32
 
 
 class Bucket(NamedTuple):

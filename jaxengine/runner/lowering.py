@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxengine.runner.arrays import StepArrays
-from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.runner.placement import abstract
 from jaxengine.runner.program_store import ProgramStore
@@ -18,6 +18,7 @@ from jaxengine.runner.programs import (
     MaskKey,
     ProgramKey,
     PromptLogprobsKey,
+    RepeatKey,
     SamplerKey,
     SetSlotKey,
 )
@@ -26,6 +27,7 @@ from jaxengine.runner.steps import (
     ForwardOutputs,
     make_forward,
     make_prompt_logprobs,
+    make_repeat,
     make_sampler,
 )
 from jaxengine.sampling.sampler import EVERY_FEATURE, mask_logits
@@ -60,16 +62,21 @@ def lower(
     donated: tuple[int, ...]
     out_shardings: Any  # what is carried must stay where it is
     match key:
-        case Bucket():
-            layout = layouts[key]
-            sums_over_peers = arrays.sums_over_peers(key.num_tokens)
-            function = make_forward(model, layout, sums_over_peers=sums_over_peers)
-            shared, donated = (0,), (1, 2, 4)
+        case Bucket() | RepeatKey():
+            bucket = key.bucket if isinstance(key, RepeatKey) else key
+            size, sums_over_peers = layouts[bucket].size, arrays.sums_over_peers(bucket.num_tokens)
+            function = make_forward(model, layouts[bucket], sums_over_peers=sums_over_peers)
+            shared, donated = (0,), (1, 2)
             caches = jax.eval_shape(lambda: arrays.make_caches(num_pages))
             caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
-            args = leaves, caches, last_token, arrays.own((layout.size,)), arrays.abstract_held(key)
-            carried = jax.tree.map(lambda x: x.sharding, (caches, last_token))
-            out_shardings = *carried, outputs, ForwardOutputs._make((logits_place, hidden_place))
+            out_shardings = *jax.tree.map(lambda x: x.sharding, (caches, last_token)), outputs
+            if isinstance(key, RepeatKey):
+                function = make_repeat(function, NUM_REPEATS)
+                args = leaves, caches, last_token, arrays.own((NUM_REPEATS * size,))
+            else:
+                donated += (4,)
+                args = leaves, caches, last_token, arrays.own((size,)), arrays.abstract_held(bucket)
+                out_shardings += (ForwardOutputs._make((logits_place, hidden_place)),)
         case SamplerKey(num_seqs, features, processors):
             rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
             function = make_sampler(rows, features=features, processors=processors, num_top=num_top)

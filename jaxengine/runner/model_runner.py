@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
-from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.compiler import release_free_memory
 from jaxengine.runner.input_batch import SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import keep_small_places
@@ -71,24 +71,57 @@ class ModelRunner:
 
     def execute(self, batches: Sequence[ScheduledBatch]) -> StepHandle:
         """Dispatches a step, which has a batch for each shard, as often as it is to be run, and returns at once."""
-        step = self.forward(batches)
-        outputs = [self._outputs(step)]
-        for _ in range(batches[0].num_steps - 1):
-            packed = advance(step.packed, batches, self._layouts[step.bucket], self._slots)
-            step = self._forward(batches, step.orders, step.bucket, packed)
-            outputs.append(self._outputs(step))
-        return StepHandle(outputs, step.orders, batches)
+        bucket, orders = self._prepare(batches)
+        packed, times, outputs = self._pack(batches, orders, bucket), batches[0].num_steps, []
+        repeat = None
+        if times >= NUM_REPEATS and not self._wanted_features(bucket, packed):
+            repeat = self.programs.repeated(bucket)
+        while times:
+            if repeat is not None and times >= NUM_REPEATS:
+                buffers = [packed]
+                for _ in range(NUM_REPEATS - 1):
+                    buffers.append(self._advance(batches, bucket, buffers[-1]))
+                outputs.append(StepOutputs(self._repeat(repeat, buffers), None, None))
+                packed, times = buffers[-1], times - NUM_REPEATS
+            else:
+                outputs.append(self._outputs(self._forward(batches, orders, bucket, packed)))
+                times -= 1
+            if times:
+                packed = self._advance(batches, bucket, packed)
+        return StepHandle(outputs, orders, batches)
 
     def forward(self, batches: Sequence[ScheduledBatch]) -> ForwardStep:
         """Dispatches the model's part of a step and returns at once; `sample` must follow before the next step."""
+        bucket, orders = self._prepare(batches)
+        return self._forward(batches, orders, bucket, self._pack(batches, orders, bucket))
+
+    def _prepare(self, batches: Sequence[ScheduledBatch]) -> tuple[Bucket, list[list[int]]]:
+        """Fills the slots of new requests; returns the step's shape, and the order of its rows."""
         if self._leaves is None:
             raise RuntimeError("the engine sleeps: call wake_up() first")
         for shard, batch in enumerate(batches):
             for sequence in batch.sequences:
                 if sequence.new_in_slot:
                     self._take_slot(shard, sequence)
-        bucket, orders = self.programs.pick(StepShape.of(batches)), [order_rows(batch) for batch in batches]
-        return self._forward(batches, orders, bucket, pack(batches, orders, self._layouts[bucket], self._slots))
+        return self.programs.pick(StepShape.of(batches)), [order_rows(batch) for batch in batches]
+
+    def _pack(self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket) -> np.ndarray:
+        return pack(batches, orders, self._layouts[bucket], self._slots)
+
+    def _advance(self, batches: Sequence[ScheduledBatch], bucket: Bucket, packed: np.ndarray) -> np.ndarray:
+        return advance(packed, batches, self._layouts[bucket], self._slots)
+
+    def _wanted_features(self, bucket: Bucket, packed: np.ndarray) -> int:
+        """What a step's sampler has to do; 0 if the model's most likely tokens are all that is wanted."""
+        layout = self._layouts[bucket]
+        return layout.rows.wanted_features(layout.rows_of(packed))
+
+    def _repeat(self, repeat: Callable, buffers: Sequence[np.ndarray]) -> jax.Array:
+        """Dispatches a step of each buffer in one call; returns the tokens, i32[S, times] of each shard."""
+        packed = np.stack([x.reshape(self._place.num_shards, -1) for x in buffers], axis=1).reshape(-1)
+        args = self._leaves, self._caches, self._last_token, self._put_own(packed)
+        self._caches, self._last_token, tokens = repeat(*args)
+        return tokens
 
     def _forward(
         self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket, packed: np.ndarray
@@ -135,9 +168,7 @@ class ModelRunner:
 
     def _sample(self, step: ForwardStep, *, has_masks: bool) -> tuple[jax.Array, Logprobs | None]:
         """Samples what is not greedy; returns all tokens, and log probabilities if a row asks for them."""
-        layout = self._layouts[step.bucket]
-        rows = layout.rows_of(step.packed)
-        wanted = layout.rows.wanted_features(rows)
+        wanted = self._wanted_features(step.bucket, step.packed)
         if has_masks:
             wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
@@ -145,6 +176,7 @@ class ModelRunner:
         features = feature_set(wanted | self.programs.always_wanted)
         sampler = self.programs.get(SamplerKey(step.bucket.num_seqs, features, self.programs.processors))
         state = self._state if features == EVERY_FEATURE else None
+        rows = self._layouts[step.bucket].rows_of(step.packed)
         args = state, self._last_token, step.outputs.logits, self._put_own(rows)
         state, self._last_token, tokens, logprobs = sampler(*args)
         if features == EVERY_FEATURE:

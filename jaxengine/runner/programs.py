@@ -11,6 +11,13 @@ from jaxengine.sampling.sampler import LogitsProcessor
 
 
 @dataclasses.dataclass(frozen=True)
+class RepeatKey:
+    """A decode step that is run `NUM_REPEATS` times in one call, and samples nothing but the most likely tokens."""
+
+    bucket: Bucket
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplerKey:
     """One compiled sampler."""
 
@@ -39,7 +46,7 @@ class SetSlotKey:
 
 
 # Buckets stand for the model's part of a step.
-ProgramKey = Bucket | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
+ProgramKey = Bucket | RepeatKey | SamplerKey | MaskKey | PromptLogprobsKey | SetSlotKey
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -51,7 +51,8 @@ class StepOutputs(NamedTuple):
     """What a step returns to the host, of all shards, one after the other.
 
     Attributes:
-        tokens: i32[S], by row; of no meaning where a row does not sample.
+        tokens: i32[S], by row, or i32[S, times] of a step that ran several times; of no meaning where a row does not
+            sample.
         logprobs: of the sampled tokens, if a request asks for any.
         prompt_logprobs: of the prompts' tokens, one row a token, if a request asks for any.
     """
@@ -85,7 +86,7 @@ class StepHandle:
         """Starts copying.
 
         Args:
-            outputs: Of all shards, each time that the step is run; if several times, tokens alone.
+            outputs: Of all shards, of each call; if the step runs several times, tokens alone.
             orders: Of each shard: indices of its sequences in the order of their rows.
             batches: Of each shard.
         """
@@ -97,7 +98,8 @@ class StepHandle:
         """Waits for the step; one result for each shard."""
         num_shards = len(self._batches)
         outputs = jax.tree.map(lambda x: np.asarray(x).reshape(num_shards, -1, *x.shape[1:]), list(self._outputs))
-        tokens = np.stack([x.tokens for x in outputs], axis=-1)  # i32[shards, S, times]
+        # i32[shards, S, times]
+        tokens = np.concatenate([x.tokens.reshape(*x.tokens.shape[:2], -1) for x in outputs], axis=-1)
         return [
             _shard_result(tokens[i], jax.tree.map(lambda x, i=i: x[i], outputs[-1]), order, batch)
             for i, (order, batch) in enumerate(zip(self._orders, self._batches, strict=True))

@@ -16,7 +16,14 @@ from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.registry import abstract_model
 from jaxengine.runner.arrays import StepArrays
-from jaxengine.runner.buckets import Bucket, fitting, make_buckets, warmup_order
+from jaxengine.runner.buckets import (
+    MAX_REPEATED_SEQS,
+    NUM_REPEATS,
+    Bucket,
+    fitting,
+    make_buckets,
+    warmup_order,
+)
 from jaxengine.runner.compiler import StepCompiler, freeze_heap
 from jaxengine.runner.input_batch import PackedLayout
 from jaxengine.runner.lowering import lower
@@ -29,6 +36,7 @@ from jaxengine.runner.programs import (
     MaskKey,
     ProgramKey,
     PromptLogprobsKey,
+    RepeatKey,
     SamplerKey,
     SetSlotKey,
     temporary_bytes,
@@ -161,7 +169,11 @@ class StepPrograms:
 
     def compile_ahead(self, shapes: Iterable[StepShape]) -> list[ProgramKey]:
         """Queues what greedy steps of these shapes need, and returns the keys."""
-        keys: list[ProgramKey] = list(dict.fromkeys(self._fitting(shape)[0] for shape in shapes))
+        keys: list[ProgramKey] = []
+        for shape in shapes:
+            bucket = self._fitting(shape)[0]
+            keys += [bucket, *(self._repeats([bucket]) if shape.decode_only else ())]
+        keys = list(dict.fromkeys(keys))
         self._queue(keys)
         return keys
 
@@ -212,6 +224,28 @@ class StepPrograms:
                 return bucket
         return candidates[0]
 
+    def repeated(self, bucket: Bucket) -> Callable | None:
+        """The program that runs decode steps of a shape `NUM_REPEATS` times; None where there is none, or none yet."""
+        for key in self._repeats([bucket]):
+            if self.config.warmup == "lazy":
+                self._queue([key])
+            if self.config.warmup == "none" or self._compiler.is_ready(key):
+                return self.get(key)
+        return None
+
+    def _repeats(self, buckets: Iterable[Bucket]) -> list[RepeatKey]:
+        """What runs decode steps of these shapes several times, if so many are ever planned at once."""
+        planned = self.config.scheduler.num_scheduler_steps
+        if planned is not None and planned < NUM_REPEATS:
+            return []
+        has_own = any(bucket.decode_only for bucket in self.buckets)
+        return [
+            RepeatKey(bucket)
+            for bucket in buckets
+            if bucket.num_tokens <= MAX_REPEATED_SEQS and bucket.num_seqs == bucket.num_tokens
+            if bucket.decode_only or not has_own
+        ]
+
     def close(self) -> None:
         """Ends threads and processes, after the compilations under way."""
         self._compiler.close()
@@ -223,6 +257,7 @@ class StepPrograms:
         keys: list[ProgramKey] = [*order[:LAZY_SHAPES], SetSlotKey()]
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self.processors) for features in self._features)]
+        keys += self._repeats(order)
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
         keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))

@@ -6,6 +6,9 @@ import pytest
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.runner import step_programs
+from jaxengine.runner.buckets import NUM_REPEATS
+from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.step_handle import StepShape
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 24
@@ -87,6 +90,22 @@ def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
     with LLM(str(tiny), **(BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16})) as llm:
         assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.programs.buckets)
         assert greedy(llm, prompts) == want
+
+
+def test_several_steps_in_one_call(tiny, tiny_reference, monkeypatch):
+    prompts, want = tiny_reference
+    calls, repeat = [], ModelRunner._repeat
+    monkeypatch.setattr(ModelRunner, "_repeat", lambda *args: calls.append(len(args[-1])) or repeat(*args))
+    few = BASE | {"max_num_batched_tokens": 32, "max_num_seqs": 8, "warmup": "lazy"}
+    with LLM(str(tiny), **few, num_scheduler_steps=6) as llm:
+        assert greedy(llm, prompts[:8]) == want[:8]  # one call, and two steps by themselves, where all decode
+        programs = llm.llm_engine.core.runner.programs
+        programs.wait_until_compiled(programs.compile_ahead(StepShape(n, n, True) for n in (1, 4, 8)))
+        calls.clear()
+        assert greedy(llm, prompts[8:16]) == want[8:16]
+        assert set(calls) == {NUM_REPEATS}
+        assert len(calls) > 1
+        assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
 
 
 def test_several_steps_planned_at_once_sample_the_same(tiny, monkeypatch):
