@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxengine.bench.dry_run import step_shapes
-from jaxengine.bench.latency import SKIPPED_STEPS, DecodeBatch, measure_decode
+from jaxengine.bench.latency import DecodeBatch, measure_decode, skipped_steps
 from jaxengine.bench.presets import GPU_DECODE_STEPS, GPU_UNITS, GpuRow
 from jaxengine.bench.profile import trace
 from jaxengine.bench.throughput import measure
@@ -196,8 +196,9 @@ def decode_batch(llm: LLM, row: GpuRow) -> DecodeBatch:
     """
     assert row.context is not None
     prefill_steps = row.batch_size * row.context // llm.llm_engine.config.scheduler.max_num_batched_tokens
-    input_len = max(1, row.context - SKIPPED_STEPS - prefill_steps // 2)
-    return DecodeBatch(row.batch_size, input_len, GPU_DECODE_STEPS)
+    num_skipped = skipped_steps(llm)
+    input_len = max(1, row.context - num_skipped - prefill_steps // 2)
+    return DecodeBatch(row.batch_size, input_len, GPU_DECODE_STEPS, num_skipped)
 
 
 def run_workloads(llm: LLM, row: GpuRow) -> tuple[Workload, Workload]:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 SKIPPED_STEPS = 3
 """First decode steps that are not counted: what a device does once for a new program is done then."""
+PACING_STEPS = 64
+"""As many where the engine finds out how many steps to plan at once (`StepPacer`): by then it has, and has run them.
+The first call of a program takes a GPU 20 to 30 ms."""
+
+
+def skipped_steps(llm: LLM) -> int:
+    """First decode steps of an engine that are not counted."""
+    return PACING_STEPS if llm.llm_engine.config.scheduler.num_scheduler_steps is None else SKIPPED_STEPS
 
 
 class DecodeWindow(NamedTuple):
@@ -33,11 +41,13 @@ class DecodeBatch:
         batch_size: B, requests sent at once.
         input_len: Tokens of each prompt.
         num_steps: Decode steps that are measured. Requests whose prompts are computed early generate more tokens.
+        num_skipped: Decode steps before them.
     """
 
     batch_size: int
     input_len: int
     num_steps: int
+    num_skipped: int = SKIPPED_STEPS
 
     @property
     def name(self) -> str:
@@ -45,7 +55,7 @@ class DecodeBatch:
 
     @property
     def window(self) -> DecodeWindow:
-        return DecodeWindow(self.batch_size, SKIPPED_STEPS + self.num_steps)
+        return DecodeWindow(self.batch_size, self.num_skipped + self.num_steps)
 
     def workload(self, llm: LLM) -> Workload:
         """Requests that go on until they are aborted.
@@ -60,8 +70,8 @@ class DecodeBatch:
         output_len = limits.max_model_len - self.input_len
         if output_len < self.window.num_steps:
             raise ValueError(
-                f"input_len={self.input_len} and output_len={self.num_steps}: with {SKIPPED_STEPS} steps before they "
-                f"must be at most max_model_len={limits.max_model_len}"
+                f"input_len={self.input_len} and output_len={self.num_steps}: with {self.num_skipped} steps before "
+                f"they must be at most max_model_len={limits.max_model_len}"
             )
         vocab = min(DEFAULT_VOCAB, config.model.vocab_size - 1)
         prompts = uniform(self.batch_size, self.input_len, self.num_steps, vocab=vocab, name=self.name)
@@ -149,7 +159,7 @@ def measure_decode(llm: LLM, batch: DecodeBatch, *, bandwidth: float | None = No
     engine.core.drain()
     seconds = time.perf_counter() - started
     num_beyond = len(clock.decode_ms) - batch.window.num_steps  # of the steps that were planned at once with the last
-    step_ms = clock.decode_ms[SKIPPED_STEPS : batch.window.num_steps]
+    step_ms = clock.decode_ms[batch.num_skipped : batch.window.num_steps]
     if len(step_ms) != batch.num_steps or len(outputs) != batch.batch_size:
         raise RuntimeError(f"{len(step_ms)} steps of {batch.batch_size} requests instead of {batch.num_steps}")
     # The token sampled last has not been attended to; a step before it, each sequence was one token shorter.

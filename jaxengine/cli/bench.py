@@ -184,11 +184,11 @@ def run_latency(args: argparse.Namespace) -> int:
     with make_llm(bench_engine_args(engine_kwargs(args)) | {"warmup": "none"}, status) as llm:
         from jaxengine.bench.dry_run import step_shapes
         from jaxengine.bench.environment import environment
-        from jaxengine.bench.latency import DecodeBatch, measure_decode
+        from jaxengine.bench.latency import DecodeBatch, measure_decode, skipped_steps
         from jaxengine.bench.profile import trace
         from jaxengine.bench.report import print_latency
 
-        batch = DecodeBatch(args.batch_size, args.input_len, args.output_len)
+        batch = DecodeBatch(args.batch_size, args.input_len, args.output_len, skipped_steps(llm))
         programs = llm.llm_engine.core.runner.programs
         programs.wait_until_compiled(programs.compile_ahead(step_shapes(llm, batch.workload(llm), batch.window)))
         status.show(f"measuring {batch.name} ...")
