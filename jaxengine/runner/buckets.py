@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 FEW_SEQS = 8
-# Decode steps of one call, for as many sequences: launching a step of few costs the host more than it takes the device.
+# Decode steps of one call, and of how many sequences: launching a step of few may take the host longer than the device.
 NUM_REPEATS = 4
 MAX_REPEATED_SEQS = 32
 

@@ -57,26 +57,15 @@ def lower(
     place, num_top, vocab_size = arrays.place, arrays.config.max_logprobs, arrays.vocab_size
     leaves = list(map(abstract, model.leaves, leaf_places))
     state, last_token = arrays.abstract_state()
-    logits_place, hidden_place, outputs = place.columns(vocab_size), place.shards(), place.outputs()
+    logits_place, outputs = place.columns(vocab_size), place.outputs()
     shared: tuple[int, ...]  # arguments that all shards have in common
     donated: tuple[int, ...]
     out_shardings: Any  # what is carried must stay where it is
     match key:
         case Bucket() | RepeatKey():
-            bucket = key.bucket if isinstance(key, RepeatKey) else key
-            size, sums_over_peers = layouts[bucket].size, arrays.sums_over_peers(bucket.num_tokens)
-            function = make_forward(model, layouts[bucket], sums_over_peers=sums_over_peers)
-            shared, donated = (0,), (1, 2)
-            caches = jax.eval_shape(lambda: arrays.make_caches(num_pages))
-            caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
-            out_shardings = *jax.tree.map(lambda x: x.sharding, (caches, last_token)), outputs
-            if isinstance(key, RepeatKey):
-                function = make_repeat(function, NUM_REPEATS)
-                args = leaves, caches, last_token, arrays.own((NUM_REPEATS * size,))
-            else:
-                donated += (4,)
-                args = leaves, caches, last_token, arrays.own((size,)), arrays.abstract_held(bucket)
-                out_shardings += (ForwardOutputs._make((logits_place, hidden_place)),)
+            shared, donated = (0,), (1, 2) if isinstance(key, RepeatKey) else (1, 2, 4)
+            function, rest, out_shardings = _step(key, model, layouts, arrays, num_pages)
+            args = leaves, *rest
         case SamplerKey(num_seqs, features, processors):
             rows, shared, donated = RowLayout(num_seqs), (), (0, 1)
             function = make_sampler(rows, features=features, processors=processors, num_top=num_top)
@@ -110,6 +99,31 @@ def lower(
         if program is not None:
             jitted = jax.jit(_named(function.__name__, program.call), **options)
         return jitted.lower(*args)
+
+
+def _step(
+    key: Bucket | RepeatKey,
+    model: FlatModel,
+    layouts: Mapping[Bucket, PackedLayout],
+    arrays: StepArrays,
+    num_pages: int,
+) -> tuple[Callable[..., Any], tuple, tuple]:
+    """The function of a step, or of several; its arguments after the leaves; and where its results are."""
+    place, (_, last_token) = arrays.place, arrays.abstract_state()
+    bucket = key.bucket if isinstance(key, RepeatKey) else key
+    layout = layouts[bucket]
+    forward = make_forward(model, layout, sums_over_peers=arrays.sums_over_peers(bucket.num_tokens))
+    caches = jax.eval_shape(lambda: arrays.make_caches(num_pages))
+    caches = jax.tree.map(lambda x: abstract(x, place.heads()), caches)
+    results = *jax.tree.map(lambda x: x.sharding, (caches, last_token)), place.outputs()
+    if isinstance(key, Bucket):
+        results = *results, ForwardOutputs(place.columns(arrays.vocab_size), place.shards())  # pyright: ignore[reportArgumentType]
+        return forward, (caches, last_token, arrays.own((layout.size,)), arrays.abstract_held(bucket)), results
+    sampler = None
+    if key.features:
+        sampler = make_sampler(layout.rows, features=key.features, processors=(), num_top=0)
+    repeat = make_repeat(forward, sampler, layout.rows_start, NUM_REPEATS)
+    return repeat, (caches, last_token, arrays.own((NUM_REPEATS * layout.size,))), results
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,8 +74,8 @@ class ModelRunner:
         bucket, orders = self._prepare(batches)
         packed, times, outputs = self._pack(batches, orders, bucket), batches[0].num_steps, []
         repeat = None
-        if times >= NUM_REPEATS and not self._wanted_features(bucket, packed):
-            repeat = self.programs.repeated(bucket)
+        if times >= NUM_REPEATS:
+            repeat = self.programs.repeated(bucket, self._wanted_features(bucket, packed))
         while times:
             if repeat is not None and times >= NUM_REPEATS:
                 buffers = [packed]

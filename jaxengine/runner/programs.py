@@ -12,9 +12,10 @@ from jaxengine.sampling.sampler import LogitsProcessor
 
 @dataclasses.dataclass(frozen=True)
 class RepeatKey:
-    """A decode step that is run `NUM_REPEATS` times in one call, and samples nothing but the most likely tokens."""
+    """A decode step that is run `NUM_REPEATS` times in one call, its sampler included; `features` 0 stands for none."""
 
     bucket: Bucket
+    features: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

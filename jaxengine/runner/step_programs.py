@@ -43,7 +43,7 @@ from jaxengine.runner.programs import (
 )
 from jaxengine.runner.step_handle import StepShape
 from jaxengine.runner.steps import FlatModel
-from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, WIDE, LogitsProcessor
+from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, FILTER, WIDE, LogitsProcessor
 from jaxengine.sharding.distributed import least_of_all_processes
 
 # A step may run in a larger bucket than it needs while its own is being compiled, but not in one much larger.
@@ -96,6 +96,7 @@ class StepPrograms:
         is_shared = config.model.tensor_parallel_size > 1
         self.always_wanted = WIDE if is_shared else 0
         self._features = [features for features in FEATURE_SETS if features & WIDE or not is_shared]
+        self._repeated_features = [0, *(f for f in self._features if f & FILTER and f != EVERY_FEATURE)]
         self._lowering_pool: LoweringPool | None = None
         try:
             self.num_pages = config.num_pages or least_of_all_processes(
@@ -172,7 +173,7 @@ class StepPrograms:
         keys: list[ProgramKey] = []
         for shape in shapes:
             bucket = self._fitting(shape)[0]
-            keys += [bucket, *(self._repeats([bucket]) if shape.decode_only else ())]
+            keys += [bucket, *(self._repeats([bucket], 0) if shape.decode_only else ())]
         keys = list(dict.fromkeys(keys))
         self._queue(keys)
         return keys
@@ -224,26 +225,31 @@ class StepPrograms:
                 return bucket
         return candidates[0]
 
-    def repeated(self, bucket: Bucket) -> Callable | None:
-        """The program that runs decode steps of a shape `NUM_REPEATS` times; None where there is none, or none yet."""
-        for key in self._repeats([bucket]):
+    def repeated(self, bucket: Bucket, wanted: int) -> Callable | None:
+        """The program that runs decode steps of a shape `NUM_REPEATS` times; None where there is none, or none yet.
+
+        Args:
+            bucket: The shape.
+            wanted: Features of the rows.
+        """
+        features = next((f for f in self._repeated_features if not wanted & ~f), None)
+        for key in () if features is None else self._repeats([bucket], features):
             if self.config.warmup == "lazy":
                 self._queue([key])
             if self.config.warmup == "none" or self._compiler.is_ready(key):
                 return self.get(key)
         return None
 
-    def _repeats(self, buckets: Iterable[Bucket]) -> list[RepeatKey]:
+    def _repeats(self, buckets: Iterable[Bucket], features: int) -> list[RepeatKey]:
         """What runs decode steps of these shapes several times, if so many are ever planned at once."""
         planned = self.config.scheduler.num_scheduler_steps
         if planned is not None and planned < NUM_REPEATS:
             return []
-        has_own = any(bucket.decode_only for bucket in self.buckets)
         return [
-            RepeatKey(bucket)
+            RepeatKey(bucket, features)
             for bucket in buckets
-            if bucket.num_tokens <= MAX_REPEATED_SEQS and bucket.num_seqs == bucket.num_tokens
-            if bucket.decode_only or not has_own
+            if bucket.num_seqs <= MAX_REPEATED_SEQS
+            and bucket == self._fitting(StepShape(bucket.num_seqs, bucket.num_seqs, True))[0]
         ]
 
     def close(self) -> None:
@@ -257,7 +263,8 @@ class StepPrograms:
         keys: list[ProgramKey] = [*order[:LAZY_SHAPES], SetSlotKey()]
         for bucket in order:
             keys += [bucket, *(SamplerKey(bucket.num_seqs, features, self.processors) for features in self._features)]
-        keys += self._repeats(order)
+        for features in self._repeated_features:
+            keys += self._repeats(order, features)
         keys += [PromptLogprobsKey(bucket.num_tokens) for bucket in order]
         keys += [MaskKey(bucket.num_seqs) for bucket in order]
         return list(dict.fromkeys(keys))

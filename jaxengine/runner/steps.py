@@ -78,7 +78,7 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
     return forward
 
 
-def make_repeat(forward: Callable[..., Any], times: int):
+def make_repeat(forward: Callable[..., Any], sampler: Callable[..., Any] | None, rows_start: int, times: int):
     """A decode step that is run several times in one call.
 
     Unrolled it would be no faster, for the host launches as many kernels; as a loop it is compiled as fast as one step.
@@ -87,6 +87,8 @@ def make_repeat(forward: Callable[..., Any], times: int):
 
     Args:
         forward: As `make_forward` makes it.
+        sampler: As `make_sampler` makes it, without state; None if the most likely tokens are all that is wanted.
+        rows_start: Where the sampler's part of a buffer begins.
         times: How often.
 
     Returns:
@@ -96,7 +98,9 @@ def make_repeat(forward: Callable[..., Any], times: int):
 
     def repeat(leaves, caches, last_token: jax.Array, packed: jax.Array):
         def once(carry, packed):
-            caches, last_token, tokens, _ = forward(leaves, *carry, packed)
+            caches, last_token, tokens, outputs = forward(leaves, *carry, packed)
+            if sampler is not None:
+                _, last_token, tokens, _ = sampler(None, last_token, outputs.logits, packed[rows_start:])
             return (caches, last_token), tokens
 
         carry, tokens = lax.scan(once, (caches, last_token), packed.reshape(times, -1))
