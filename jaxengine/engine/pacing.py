@@ -9,8 +9,8 @@ NUMBERS = 1, 4, 8
 MAX_SECONDS = 0.04
 """What is planned at once takes no longer than this, but in trials: its tokens come together, and new requests wait."""
 UNNOTICED_SECONDS = 0.01
-"""More than one step is planned wherever they take no longer than this together: a host that is held up has that much
-time, and more of it for others."""
+"""More than one step is planned wherever they take no longer than this together: a host that is held up for as long
+holds up no device, and has more time for others."""
 NUM_SAMPLES = 5
 """Plans that are timed before numbers are compared, with their median."""
 NUM_QUIET = 50
@@ -26,7 +26,8 @@ class StepPacer:
     sequence, while the device runs the step before. Where that takes longer than the device needs, planning several
     decode steps at once shares the cost out among them. Whether it does cannot be told from how long the host waits,
     since a launch goes on in other threads; so now and then more are tried, and kept if a step takes less time then.
-    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries no more.
+    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries no more, but for
+    steps so short that nobody notices.
 
     Attributes:
         num_steps: To plan next.
@@ -73,13 +74,14 @@ class StepPacer:
     def _try(self, step_seconds: float, waited_share: float) -> None:
         """Another number, compared with the time that a step takes now."""
         self._kept_seconds = step_seconds
+        seconds = self.num_steps * step_seconds
         fewer = max((n for n in NUMBERS if n < self.num_steps), default=0)
         more = min((n for n in NUMBERS if n > self.num_steps), default=0)
-        if fewer == 1 and self.num_steps * step_seconds <= UNNOTICED_SECONDS:
-            fewer = 0
-        if fewer and (self._tries_fewer or waited_share > 0.5):
+        if not fewer and more * step_seconds <= UNNOTICED_SECONDS:
+            self.num_steps = more
+        elif fewer and seconds > UNNOTICED_SECONDS and (self._tries_fewer or waited_share > 0.5):
             self.num_steps = fewer
-        elif more and waited_share < 0.5 and self.num_steps * step_seconds <= MAX_SECONDS:
+        elif more and waited_share < 0.5 and seconds <= MAX_SECONDS:
             self.num_steps = more
         else:
             self._num_quiet = NUM_QUIET
