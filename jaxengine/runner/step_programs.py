@@ -228,6 +228,8 @@ class StepPrograms:
     def repeated(self, bucket: Bucket, wanted: int) -> Callable | None:
         """The program that runs decode steps of a shape `NUM_REPEATS` times; None where there is none, or none yet.
 
+        No step waits for it, and with `warmup="none"` only `compile_ahead` has it compiled.
+
         Args:
             bucket: The shape.
             wanted: Features of the rows.
@@ -236,7 +238,7 @@ class StepPrograms:
         for key in () if features is None else self._repeats([bucket], features):
             if self.config.warmup == "lazy":
                 self._queue([key])
-            if self.config.warmup == "none" or self._compiler.is_ready(key):
+            if self._compiler.is_ready(key):
                 return self.get(key)
         return None
 

@@ -18,6 +18,7 @@ import pytest
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.runner.buckets import NUM_REPEATS
+from jaxengine.runner.step_handle import StepShape
 
 MODELS = Path(__file__).parents[1] / "models" / "data"
 NUM_DEVICES = 4
@@ -146,6 +147,9 @@ def main(model: str, cases: list[str]) -> None:
         sizes: dict[str, Any] = {"data_parallel_size": data, "tensor_parallel_size": size}
         with LLM(**which, **ENGINE, **sizes, num_scheduler_steps=steps) as llm:
             answers, free = [], []
+            programs = llm.llm_engine.core.runner.programs
+            if steps:
+                programs.wait_until_compiled(programs.compile_ahead(StepShape(n, n, True) for n in (1, 3)))
 
             def ask(lengths: list[int], max_tokens: int, llm=llm, given=given, answers=answers, free=free) -> None:
                 params = SamplingParams(**given, max_tokens=max_tokens)
@@ -169,7 +173,7 @@ def main(model: str, cases: list[str]) -> None:
                 llm.sleep(level)
                 llm.wake_up()
                 ask([10, 4, 7], 4)
-            texts = engine.core.runner.programs.compiled_programs()
+            texts = programs.compiled_programs()
             print(
                 json.dumps(
                     {

@@ -9,8 +9,9 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.runner import step_programs
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.model_runner import ModelRunner
+from jaxengine.runner.programs import RepeatKey
 from jaxengine.runner.step_handle import StepShape
-from jaxengine.sampling.sampler import PENALTIES
+from jaxengine.sampling.sampler import AMONG_FEW, FILTER, PENALTIES, RANDOM, WIDE
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 24
@@ -96,9 +97,10 @@ def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
 
 def test_several_steps_in_one_call(tiny, monkeypatch):
     prompts: list[Any] = [{"prompt_token_ids": prompt[:7]} for prompt in make_prompts(LLM_VOCAB)[:4]]
-    greedy_ones = [SamplingParams(temperature=0, max_tokens=20 + i, ignore_eos=True) for i in range(4)]
-    among_few = [SamplingParams(temperature=0.9, top_k=9 + i, seed=i, max_tokens=20) for i in range(4)]
-    mixed = [*greedy_ones[:1], *among_few[1:3], SamplingParams(temperature=1.1, top_p=0.9, seed=3, max_tokens=17)]
+    length: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
+    greedy_ones = [SamplingParams(temperature=0, **length)] * 4
+    among_few = [SamplingParams(temperature=0.9, top_k=9 + i, seed=i, **length) for i in range(4)]
+    mixed = [*greedy_ones[:1], *among_few[1:3], SamplingParams(temperature=1.1, top_p=0.9, seed=3, **length)]
     calls: list[int] = []
     repeat = ModelRunner._repeat
     monkeypatch.setattr(ModelRunner, "_repeat", lambda *args: calls.append(len(args[-1])) or repeat(*args))
@@ -111,25 +113,22 @@ def test_several_steps_in_one_call(tiny, monkeypatch):
             assert calls == expected_calls
         return found
 
-    few = BASE | {"max_num_batched_tokens": 32, "max_num_seqs": 8}
+    few = BASE | {"max_num_batched_tokens": 32, "max_num_seqs": 8, "warmup": "lazy"}
     with LLM(str(tiny), **few) as llm:
         want = answers(llm, [])
     with LLM(str(tiny), **few, num_scheduler_steps=6) as llm:  # a call of four, and two steps by themselves
+        programs = llm.llm_engine.core.runner.programs
+        programs.wait_until_compiled(programs.compile_ahead([StepShape(4, 4, True)]))
+        assert programs.repeated(Bucket(4, 4), 0) is not None
+        for features in (AMONG_FEW, RANDOM | FILTER | WIDE):
+            assert programs.repeated(Bucket(4, 4), features) is None  # no step waits for it
+            programs.wait_until_compiled([RepeatKey(Bucket(4, 4), features)])
         assert answers(llm, [NUM_REPEATS] * 4) == want
         assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
-
-
-def test_steps_run_one_by_one_until_the_loop_is_compiled(tiny):
-    options = BASE | {"warmup": "lazy", "max_num_batched_tokens": 32, "max_num_seqs": 8}
-    with LLM(str(tiny), **options, num_scheduler_steps=4) as llm:
-        programs = llm.llm_engine.core.runner.programs
-        assert programs.repeated(Bucket(1, 1), 0) is None
-        programs.wait_until_compiled(programs.compile_ahead([StepShape(1, 1, True)]))
-        assert programs.repeated(Bucket(1, 1), 0) is not None
-        assert programs.repeated(Bucket(1, 1), PENALTIES) is None  # whose counts a loop does not keep
+        assert programs.repeated(Bucket(4, 4), PENALTIES) is None  # whose counts a loop does not keep
         assert programs.repeated(Bucket(32, 8), 0) is None  # which holds prompts
-    with LLM(str(tiny), **options, num_scheduler_steps=3) as llm:
-        assert llm.llm_engine.core.runner.programs.repeated(Bucket(1, 1), 0) is None
+    with LLM(str(tiny), **few, num_scheduler_steps=3) as llm:
+        assert llm.llm_engine.core.runner.programs.repeated(Bucket(4, 4), 0) is None
 
 
 def test_several_steps_planned_at_once_sample_the_same(tiny, monkeypatch):
