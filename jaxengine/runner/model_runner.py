@@ -72,22 +72,16 @@ class ModelRunner:
     def execute(self, batches: Sequence[ScheduledBatch]) -> StepHandle:
         """Dispatches a step, which has a batch for each shard, as often as it is to be run, and returns at once."""
         bucket, orders = self._prepare(batches)
-        packed, times, outputs = self._pack(batches, orders, bucket), batches[0].num_steps, []
-        repeat = None
-        if times >= NUM_REPEATS:
-            repeat = self.programs.repeated(bucket, self._wanted_features(bucket, packed))
-        while times:
-            if repeat is not None and times >= NUM_REPEATS:
-                buffers = [packed]
-                for _ in range(NUM_REPEATS - 1):
-                    buffers.append(self._advance(batches, bucket, buffers[-1]))
-                outputs.append(StepOutputs(self._repeat(repeat, buffers), None, None))
-                packed, times = buffers[-1], times - NUM_REPEATS
-            else:
-                outputs.append(self._outputs(self._forward(batches, orders, bucket, packed)))
-                times -= 1
-            if times:
-                packed = self._advance(batches, bucket, packed)
+        buffers = [self._pack(batches, orders, bucket)]
+        while len(buffers) < batches[0].num_steps:
+            buffers.append(advance(buffers[-1], batches, self._layouts[bucket], self._slots))
+        outputs = []
+        if len(buffers) >= NUM_REPEATS:
+            repeat = self.programs.repeated(bucket, self._wanted_features(bucket, buffers[0]))
+            while repeat is not None and len(buffers) >= NUM_REPEATS:
+                outputs.append(StepOutputs(self._repeat(repeat, buffers[:NUM_REPEATS]), None, None))
+                del buffers[:NUM_REPEATS]
+        outputs += [self._outputs(self._forward(batches, orders, bucket, packed)) for packed in buffers]
         return StepHandle(outputs, orders, batches)
 
     def forward(self, batches: Sequence[ScheduledBatch]) -> ForwardStep:
@@ -107,9 +101,6 @@ class ModelRunner:
 
     def _pack(self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket) -> np.ndarray:
         return pack(batches, orders, self._layouts[bucket], self._slots)
-
-    def _advance(self, batches: Sequence[ScheduledBatch], bucket: Bucket, packed: np.ndarray) -> np.ndarray:
-        return advance(packed, batches, self._layouts[bucket], self._slots)
 
     def _wanted_features(self, bucket: Bucket, packed: np.ndarray) -> int:
         """What a step's sampler has to do; 0 if the model's most likely tokens are all that is wanted."""

@@ -97,6 +97,7 @@ class StepPrograms:
         self.always_wanted = WIDE if is_shared else 0
         self._features = [features for features in FEATURE_SETS if features & WIDE or not is_shared]
         self._repeated_features = [0, *(f for f in self._features if f & FILTER and f != EVERY_FEATURE)]
+        self._repeated_buckets = self._buckets_of_loops()
         self._lowering_pool: LoweringPool | None = None
         try:
             self.num_pages = config.num_pages or least_of_all_processes(
@@ -235,24 +236,23 @@ class StepPrograms:
             wanted: Features of the rows.
         """
         features = next((f for f in self._repeated_features if not wanted & ~f), None)
-        for key in () if features is None else self._repeats([bucket], features):
-            if self.config.warmup == "lazy":
-                self._queue([key])
-            if self._compiler.is_ready(key):
-                return self.get(key)
-        return None
+        if features is None or bucket not in self._repeated_buckets:
+            return None
+        key = RepeatKey(bucket, features)
+        if self.config.warmup == "lazy":
+            self._queue([key])
+        return self.get(key) if self._compiler.is_ready(key) else None
 
     def _repeats(self, buckets: Iterable[Bucket], features: int) -> list[RepeatKey]:
-        """What runs decode steps of these shapes several times, if so many are ever planned at once."""
+        return [RepeatKey(bucket, features) for bucket in buckets if bucket in self._repeated_buckets]
+
+    def _buckets_of_loops(self) -> frozenset[Bucket]:
+        """Shapes of few decodes, if ever so many steps of them are planned at once that a loop can run them."""
         planned = self.config.scheduler.num_scheduler_steps
         if planned is not None and planned < NUM_REPEATS:
-            return []
-        return [
-            RepeatKey(bucket, features)
-            for bucket in buckets
-            if bucket.num_seqs <= MAX_REPEATED_SEQS
-            and bucket == self._fitting(StepShape(bucket.num_seqs, bucket.num_seqs, True))[0]
-        ]
+            return frozenset()
+        sizes = {bucket.num_seqs for bucket in self.buckets if bucket.num_seqs <= MAX_REPEATED_SEQS}
+        return frozenset(self._fitting(StepShape(size, size, True))[0] for size in sizes)
 
     def close(self) -> None:
         """Ends threads and processes, after the compilations under way."""
