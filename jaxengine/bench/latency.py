@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 SKIPPED_STEPS = 3
 """First decode steps that are not counted: what a device does once for a new program is done then."""
-PACING_STEPS = 128
-"""As many where the engine finds out how many steps to plan at once (`StepPacer`): by then it has tried again once, and
-has run whatever it tries. The first call of a program takes a GPU 20 to 70 ms."""
+PACING_STEPS = 64
+"""As many where the engine finds out how many steps to plan at once (`StepPacer`): by then it has, and has run them.
+The first call of a program takes a GPU 20 to 70 ms."""
 
 
 def skipped_steps(llm: LLM) -> int:

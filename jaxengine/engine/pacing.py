@@ -26,8 +26,9 @@ class StepPacer:
     sequence, while the device runs the step before. Where that takes longer than the device needs, planning several
     decode steps at once shares the cost out among them. Whether it does cannot be told from how long the host waits,
     since a launch goes on in other threads; so now and then more are tried, and kept if a step takes less time then.
-    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries no more, but for
-    steps so short that nobody notices.
+    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries more only once,
+    for the first call of a program takes a GPU up to 70 ms, wherever it comes, and where steps are so short that nobody
+    notices.
 
     Attributes:
         num_steps: To plan next.
@@ -46,6 +47,7 @@ class StepPacer:
         self._samples: list[tuple[float, float]] = []
         self._num_quiet = 0
         self._tries_fewer = False
+        self._has_tried_more = False
 
     def observe(self, num_steps: int, seconds: float, waited: float) -> None:
         """Takes in that decode steps planned at once are done, after others of as many sequences or a few more.
@@ -77,14 +79,16 @@ class StepPacer:
         seconds = self.num_steps * step_seconds
         fewer = max((n for n in NUMBERS if n < self.num_steps), default=0)
         more = min((n for n in NUMBERS if n > self.num_steps), default=0)
+        is_first = not self._has_tried_more and more * step_seconds <= MAX_SECONDS
         if not fewer and more * step_seconds <= UNNOTICED_SECONDS:
             self.num_steps = more
         elif fewer and seconds > UNNOTICED_SECONDS and (self._tries_fewer or waited_share > 0.5):
             self.num_steps = fewer
-        elif more and waited_share < 0.5 and seconds <= MAX_SECONDS:
+        elif more and (waited_share < 0.5 or is_first) and seconds <= MAX_SECONDS:
             self.num_steps = more
         else:
             self._num_quiet = NUM_QUIET
+        self._has_tried_more |= self.num_steps > self._kept
         self._tries_fewer = not self._tries_fewer
 
     def _judge(self, step_seconds: float) -> None:
