@@ -26,9 +26,9 @@ class StepPacer:
     sequence, while the device runs the step before. Where that takes longer than the device needs, planning several
     decode steps at once shares the cost out among them. Whether it does cannot be told from how long the host waits,
     since a launch goes on in other threads; so now and then more are tried, and kept if a step takes less time then.
-    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries more only once,
-    for the first call of a program takes a GPU up to 70 ms, wherever it comes, and where steps are so short that nobody
-    notices.
+    Fewer are tried too, and kept unless a step takes longer. A host that waits most of the time tries more only where
+    steps are so short that nobody notices, and once at the start: the first call of a program that runs several steps
+    takes a GPU up to 70 ms, which is better early than later.
 
     Attributes:
         num_steps: To plan next.
