@@ -153,12 +153,11 @@ def query_operand(tile: Tile, raw, operand):
     return operand
 
 
-def matmul(a, b, then=lambda: None):
-    """a[64, X] @ b[X, C] as f32[64, C], waited for; `then()` runs while it does."""
+def matmul(a, b):
+    """a[64, X] @ b[X, C] as f32[64, C], waited for."""
 
     def run(acc):
         plgpu.wgmma(acc, a, b)
-        then()
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), F32))
@@ -194,25 +193,6 @@ def add_values(tile: Tile, carry, p, v):
         plgpu.wgmma(acc_ref, p, v)
 
     return pl.run_state(run)(plgpu.ACC.init(acc)), top, total
-
-
-def add_values_and_score(tile: Tile, carry, p, v, q, k, then):
-    """`add_values`, and the scores q @ k of the next block, in one go; `then()` runs while both do."""
-    acc, top, total = carry
-    if tile.operands_in_smem:
-        return (acc + matmul(p, v), top, total), matmul(q, k, then)
-
-    def run(scores_ref):
-        plgpu.wgmma(scores_ref, q, k)
-
-        def add(acc_ref):
-            plgpu.wgmma(acc_ref, p, v)
-            then()
-
-        return pl.run_state(add)(plgpu.ACC.init(acc)), scores_ref[...]
-
-    acc, scores = pl.run_scoped(run, plgpu.ACC((ROWS, tile.block_kv), F32))
-    return (acc, top, total), scores
 
 
 def add_sink(carry, sink):
