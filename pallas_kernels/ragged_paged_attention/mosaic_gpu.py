@@ -61,16 +61,14 @@ def check_support(spec) -> None:
         raise NotImplementedError(f"page_size {spec.page_size}; supported: 16, 32, 64, 128, 256")
 
 
-def padded_head_dim(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """H as the cache holds it: TMA wants the rows of a token's query group to end on 128 bytes of shared memory."""
-    group = num_heads // num_kv_heads
-    return head_dim if group * head_dim % 64 == 0 and head_dim % 16 == 0 else -(-head_dim // 64) * 64
+def padded_head_dim(head_dim: int) -> int:
+    """H as the cache holds it: a row must begin on 128 bytes of shared memory where TMA moves it by itself."""
+    return -(-head_dim // 64) * 64
 
 
 def cache_shapes(spec, num_pages: int) -> tuple[tuple[int, ...], ...]:
-    """K and V, each [P, K, page, H], H padded where the hardware needs it."""
-    head_dim = padded_head_dim(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    return ((num_pages, spec.num_kv_heads, spec.page_size, head_dim),) * 2
+    """K and V, each [P, K, page, H], H padded."""
+    return ((num_pages, spec.num_kv_heads, spec.page_size, padded_head_dim(spec.head_dim)),) * 2
 
 
 def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: int | None) -> Plan:
@@ -84,10 +82,10 @@ def make_plan(meta, *, num_tokens: int, num_heads: int, cache, sliding_window: i
     heads = decode.heads_a_block(num_kv_heads, head_dim)
     num_runs = max(common.num_sms() * heads // num_kv_heads, 1)
     seqs, runs = _decode_work(meta, is_short, lengths, sliding_window, num_runs, decode_block(head_dim))
-    tokens = common.ROWS // group * prefill.warpgroups(head_dim)
-    items, num_items = _prefill_work(
-        meta, is_real & ~is_short, lengths, sliding_window, tokens, num_tokens, prefill_block(head_dim, cache[0].dtype)
-    )
+    units = prefill.CLUSTER * prefill.warpgroups(head_dim)
+    block = prefill_block(head_dim, cache[0].dtype)
+    is_long = is_real & ~is_short
+    items, num_items = _prefill_work(meta, is_long, lengths, sliding_window, group, units, num_tokens, block)
     # Clipped, which makes it an array of its own: a slice of a larger one might not start on 256 bytes, as TMA wants.
     table = jnp.clip(meta.page_table, 0, num_pages - 1)
     return Plan(page, offset, table, seqs, runs, items, num_items, sliding_window)
@@ -103,23 +101,28 @@ def prefill_block(head_dim: int, cache_dtype) -> int:
     return 128 if head_dim <= 128 and cache_dtype.itemsize == 2 else 64
 
 
-def _prefill_work(meta, is_long, lengths, sliding_window: int | None, tile: int, num_tokens: int, block: int):
-    """Lists the tiles of `tile` tokens of the long sequences, those with most blocks of keys first."""
+def _prefill_work(meta, is_long, lengths, sliding_window: int | None, group: int, units: int, num_tokens: int, block):
+    """Lists the tiles of `units` units of the long sequences, those with most blocks of keys first."""
+    rows = common.ROWS
     num_slots = is_long.shape[0]
-    tiles = jnp.where(is_long, -(-lengths // tile), 0)
+    starts = meta.query_starts[:-1]
+    ahead = starts % prefill.ALIGNMENT  # tokens of others in the first unit
+    tiles = jnp.where(is_long, -(-(-(-(ahead + lengths) // rows) * group) // units), 0)
     ends = jnp.cumsum(tiles)
-    index = jnp.arange(num_tokens // tile + min(num_slots, num_tokens), dtype=jnp.int32)
+    most_long = min(num_slots, num_tokens // (rows // group + 1))  # shorter ones are the decode kernel's
+    most_units = (num_tokens + (prefill.ALIGNMENT - 1 + rows - 1) * most_long) // rows * group
+    index = jnp.arange(max(most_units // units + most_long, 1), dtype=jnp.int32)
     seq = jnp.minimum(jnp.sum(ends[None, :] <= index[:, None], axis=1), num_slots - 1).astype(jnp.int32)
-    nth = index - (ends[seq] - tiles[seq])
     is_real = index < ends[-1]
-    count = jnp.where(is_real, jnp.minimum(lengths[seq] - nth * tile, tile), 0)
-    kv_len = meta.kv_lens[seq]
-    first_pos = kv_len - lengths[seq] + nth * tile
+    first_unit = (index - (ends[seq] - tiles[seq])) * units
+    begin, end = (unit // group * rows - ahead[seq] for unit in (first_unit, first_unit + units - 1))
+    length, kv_len = lengths[seq], meta.kv_lens[seq]
+    old = kv_len - length
     first_block = jnp.zeros_like(index)
     if sliding_window is not None:
-        first_block = jnp.maximum(first_pos - sliding_window + 1, 0) // block
-    blocks = jnp.where(is_real, -(-(first_pos + count) // block) - first_block, 0)
-    columns = (seq, meta.query_starts[seq] + nth * tile, count, first_pos, first_block, blocks, kv_len)
+        first_block = jnp.maximum(old + jnp.maximum(begin, 0) - sliding_window + 1, 0) // block
+    blocks = jnp.where(is_real, -(-(old + jnp.minimum(end + rows, length)) // block) - first_block, 0)
+    columns = (seq, first_unit, starts[seq], starts[seq] + length, first_block, blocks, kv_len)
     items = jnp.stack([c.astype(jnp.int32) for c in columns], axis=1)
     return items[jnp.argsort(-blocks)], ends[-1:]
 
@@ -162,7 +165,7 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
     """See `api.ragged_paged_attention`."""
     num_tokens, num_heads, original_head_dim = q.shape
     if k is not None:
-        k, v = (_pad_heads(x, padded_head_dim(num_heads, k.shape[1], original_head_dim)) for x in (k, v))
+        k, v = (_pad_heads(x, padded_head_dim(original_head_dim)) for x in (k, v))
         reference.check_cache(k, cache)
     num_kv_heads, page_size, head_dim = cache[0].shape[1:]
     q = _pad_heads(q, head_dim)
@@ -199,6 +202,9 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, group) * common.LOG2E, (1, tile.tokens))
         sinks = jnp.pad(sinks, ((0, 0), (0, common.ROWS - sinks.shape[1])))
+    has_chunks = tile.max_query_len > tile.tokens
+    if has_chunks:
+        q = jnp.pad(q, ((0, -num_tokens % prefill.ALIGNMENT), (0, 0), (0, 0)))
     out = decode.attend(
         q,
         cache,
@@ -209,7 +215,7 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
         sinks=sinks,
         scales=scales,
     )
-    if tile.max_query_len > tile.tokens:
+    if has_chunks:
         prefill.attend(
             q,
             cache,
@@ -221,7 +227,7 @@ def ragged_paged_attention(q, k, v, cache, meta, *, scale, sliding_window, soft_
             sinks=sinks,
             scales=scales,
         )
-    return jax.freeze(out)[:, :, :original_head_dim], cache
+    return jax.freeze(out)[:num_tokens, :, :original_head_dim], cache
 
 
 def _pad_heads(x, head_dim: int):

@@ -250,7 +250,7 @@ def block_pages(tile: Tile, page_table_ref, seq, last_page, block) -> tuple:
     return tuple(page_table_ref[seq, jnp.minimum(place, last_page)] for place in places)
 
 
-def copy_block(tile: Tile, pages_ref, smem, barrier, page_ids, block, head):
+def copy_block(tile: Tile, pages_ref, smem, barrier, page_ids, block, head, collective_axes=None):
     """Starts the copies of one block of keys or values of one head, [block_kv, H], page by page."""
     chunk = tile.chunk
     for j, page in enumerate(page_ids):
@@ -258,7 +258,8 @@ def copy_block(tile: Tile, pages_ref, smem, barrier, page_ids, block, head):
         if chunk < tile.page_size:
             offset = lax.rem(block * tile.block_kv, I32(tile.page_size)) + j * chunk
             source = source.at[pl.ds(pl.multiple_of(offset, chunk), chunk)]
-        plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(j * chunk, chunk)], barrier)
+        target = smem.at[pl.ds(j * chunk, chunk)]
+        plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=collective_axes)
 
 
 def block_copies(tile: Tile) -> int:

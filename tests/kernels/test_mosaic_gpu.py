@@ -152,13 +152,22 @@ def test_plans_hold_every_block_once(seed, window):
 
     items = np.asarray(plan.prefill_items)[: int(plan.num_prefill_items[0])]
     assert (np.diff(items[:, prefill.NUM_BLOCKS]) <= 0).all()
-    rows = sorted(row for item in items for row in range(item[1], item[1] + item[2]))
-    assert rows == [row for s in range(num_seqs) if s not in short for row in range(starts[s], starts[s + 1])]
-    for s, first_row, count, position, first_block, num_blocks, kv_len in items:
-        assert (kv_len, position) == (lens[s], lens[s] - starts[s + 1] + first_row)
-        low = 0 if window is None else max(position - window + 1, 0)
+    rows = []  # (token, head of the group)
+    for s, first_unit, start, end, first_block, num_blocks, kv_len in items:
+        assert (start, end, kv_len) == (starts[s], starts[s + 1], lens[s])
+        units = range(first_unit, first_unit + 2 * prefill.CLUSTER)
+        begins = [start // 8 * 8 + unit // group * 64 for unit in units]
+        rows += [
+            (token, unit % group)
+            for unit, begin in zip(units, begins, strict=True)
+            for token in range(max(begin, start), min(begin + 64, end))
+        ]
+        first, last = max(begins[0], start), min(begins[-1] + 64, end) - 1  # tokens of the tile
+        low = 0 if window is None else max(kv_len - end + first - window + 1, 0)
         assert first_block * 128 <= low < (first_block + 1) * 128
-        assert (first_block + num_blocks - 1) * 128 < position + count <= (first_block + num_blocks) * 128
+        assert (first_block + num_blocks - 1) * 128 <= kv_len - end + last < (first_block + num_blocks) * 128
+    long = [s for s in range(num_seqs) if s not in short]
+    assert sorted(rows) == [(t, g) for s in long for t in range(starts[s], starts[s + 1]) for g in range(group)]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +195,7 @@ def test_what_is_unsupported_is_named(change, named, caplog):
 
 
 def test_head_dims_are_padded_only_where_tma_needs_it():
-    padded = mosaic_gpu.padded_head_dim
-    assert [padded(8, 8, h) for h in (64, 80, 96, 128, 256)] == [64, 128, 128, 128, 256]
-    assert [padded(32, 8, h) for h in (64, 80, 96)] == [64, 80, 96]
+    assert [mosaic_gpu.padded_head_dim(h) for h in (16, 64, 80, 96, 128, 256)] == [64, 64, 128, 128, 128, 256]
 
 
 # H100 SXM as XLA's GpuTargetConfigProto.
