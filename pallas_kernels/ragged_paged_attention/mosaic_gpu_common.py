@@ -70,6 +70,14 @@ class Tile:
         return jnp.dtype(jnp.float16) if self.cache_dtype == jnp.float8_e4m3fn else self.dtype
 
     @property
+    def queries_in_smem(self) -> bool:
+        """Whether queries wait in shared memory for their products: wide ones would take half of the registers.
+
+        A product reads half as much again from there then, which costs power.
+        """
+        return self.operands_in_smem or self.head_dim > 128
+
+    @property
     def is_narrow(self) -> bool:
         """Whether the cache must be widened before a product."""
         return self.cache_dtype != self.dtype

@@ -34,14 +34,9 @@ def rows_in_use(tile: Tile) -> int:
     return min(ROWS, -(-min(tile.max_query_len, tile.tokens) * tile.group // 8) * 8)
 
 
-def queries_in_smem(tile: Tile) -> bool:
-    """Whether queries wait in shared memory for their product; wide ones would take half of the registers."""
-    return tile.operands_in_smem or tile.head_dim > 128
-
-
 def num_stages(tile: Tile, heads: int) -> int:
     """Blocks of keys and values in flight."""
-    rows = 3 if queries_in_smem(tile) else 2
+    rows = 3 if tile.queries_in_smem else 2
     left = common.SMEM_BYTES - heads * ROWS * tile.head_dim * 2 * rows
     if tile.operands_in_smem:
         left -= heads * ROWS * tile.block_kv * 2
@@ -108,7 +103,7 @@ def _scratch(tile: Tile, heads: int, stages: int) -> dict:
         "k_free": free,
         "v_free": free,
     }
-    if queries_in_smem(tile):
+    if tile.queries_in_smem:
         scratch["q_operand"] = tile.smem(rows, tile.compute_dtype)
     if tile.operands_in_smem:
         scratch["p_operand"] = tile.smem((heads, ROWS, tile.block_kv), tile.compute_dtype)

@@ -32,15 +32,11 @@ def warpgroups(head_dim: int) -> int:
     return 2 if head_dim <= 128 else 1
 
 
-def queries_in_smem(tile: Tile) -> bool:
-    """Whether products take queries from shared memory. Registers spare each product a third of what it reads there."""
-    return tile.operands_in_smem or tile.head_dim > 128
-
-
 def num_stages(tile: Tile) -> dict[str, int]:
     """Blocks of keys and of values in flight; keys first, since a tile begins with them."""
     wgs = warpgroups(tile.head_dim)
-    left = common.SMEM_BYTES - (2 + (tile.head_dim > 128)) * wgs * ROWS * tile.head_dim * 2
+    buffers = 3 if tile.head_dim > 128 else 2  # of queries and outputs; what only the interpreter has needs no room
+    left = common.SMEM_BYTES - buffers * wgs * ROWS * tile.head_dim * 2
     if tile.is_narrow:
         left -= wgs * tile.block_kv * tile.head_dim * 2
     blocks = left // (tile.block_kv * tile.head_dim * tile.cache_dtype.itemsize)
@@ -97,7 +93,7 @@ def _scratch(tile: Tile) -> dict:
         scratch[name] = tile.smem((count, *block), tile.cache_dtype)
         scratch[f"{name}_full"] = plgpu.Barrier(num_arrivals=common.block_copies(tile), num_barriers=count)
         scratch[f"{name}_free"] = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=wgs, num_barriers=count)
-    if queries_in_smem(tile):
+    if tile.queries_in_smem:
         scratch["q_operand"] = tile.smem(rows, tile.compute_dtype)
     if tile.operands_in_smem:
         scratch["p_operand"] = tile.smem((wgs, ROWS, tile.block_kv), tile.compute_dtype)
@@ -156,9 +152,11 @@ class _Item:
     """A row of `items`, read once: compilers read again after each barrier, and nothing hides a read between tiles."""
 
     def __init__(self, tile: Tile, items_ref, item):
-        columns = [items_ref[item, column] for column in range(items_ref.shape[1])]
-        self.seq, self.first_unit, self.query_start, self.query_end = columns[:FIRST_BLOCK]
-        self.first_block, self.num_blocks, self.kv_len = columns[FIRST_BLOCK:]
+        self.seq = items_ref[item, SEQ]
+        self.first_unit = items_ref[item, FIRST_UNIT]
+        self.query_start, self.query_end = items_ref[item, QUERY_START], items_ref[item, QUERY_END]
+        self.first_block, self.num_blocks = items_ref[item, FIRST_BLOCK], items_ref[item, NUM_BLOCKS]
+        self.kv_len = items_ref[item, KV_LEN]
         self.tile = tile
 
     def unit(self, nth):
@@ -261,7 +259,7 @@ class _Consumer:
         k_scale, v_scale = (self.scales_ref[i, head] if tile.quantized else 1.0 for i in (0, 1))
 
         plgpu.barrier_wait(scratch["q_full"].at[wg])
-        operand = scratch["q_operand"].at[wg] if queries_in_smem(tile) else None
+        operand = scratch["q_operand"].at[wg] if tile.queries_in_smem else None
         q = common.query_operand(tile, scratch["q"].at[wg], operand)
         plgpu.barrier_arrive(scratch["q_free"].at[wg])
         q_pos = behind + token + plgpu.broadcasted_iota(I32, (ROWS,), 0, layout=common.row_layout())
