@@ -21,6 +21,14 @@ from jaxengine.sharding.mesh import DATA, MODEL
 
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
+CHUNK, MAX_CHUNKS, MIN_CHUNKED = 64, 24, 256
+"""Width of the chunks in which a CPU takes a converted weight for one row, and their number, beyond which they widen;
+the columns from which that is worth it. SmolLM2's layers, 2 AVX2 cores, jax 0.12, 2026-11-27: 14.8 ms with 64 columns,
+15 to 21 with 16, 32, 48, 96 or 192, and 27 to 36 as a product of a converted copy."""
+FEW_ROWS_OF_CPU = 64
+"""Up to here CPUs take the weight as the first operand in float32: the library packs the second, which then is the
+smaller one. SmolLM2's layers as above, ms for 2, 4, 8, 16, 32 and 64 rows: 22, 24, 30, 40, 65 and 115, against 39, 34,
+47, 58, 88 and 126 with the weight second; 96 rows are as fast either way, more are slower."""
 MANY_ROWS = 256
 """From here on a product is asked for in the dtype it is wanted in: asked for in float32, a GPU's library wrote it so
 and another kernel rounded it (86 us after 715 for 2048 x 4096 x 28672; H200, jax 0.11.2, 2026-11-24). With few rows XLA
@@ -41,31 +49,42 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
     Returns:
         `[..., out]`.
     """
-    has_large_copy = weight.dtype != x.dtype and weight.size * x.dtype.itemsize > CONVERTED_BYTES
+    out_dtype = out_dtype or x.dtype
+    is_converted = weight.dtype != x.dtype
+    if is_converted and x.size == x.shape[-1] >= MIN_CHUNKED:  # as nothing but CPUs converts
+        return _one_row(x, weight, out_dtype)
+    has_large_copy = is_converted and weight.size * x.dtype.itemsize > CONVERTED_BYTES
     multiply = _dot_by_blocks if has_large_copy else _dot
-    return multiply(x, weight, out_dtype or x.dtype)
+    return multiply(x, weight, out_dtype)
 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+    rows = x.size // x.shape[-1]
     weight = weight.astype(x.dtype)
-
-    def multiply(x, weight, sums_dtype):
-        return lax.dot_general(
-            x,
-            weight,
-            (((x.ndim - 1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
-            preferred_element_type=sums_dtype,
-        ).astype(out_dtype)
-
-    # By the platform that is compiled for, which need not be this process's.
-    on_cpu = in_float32 = functools.partial(multiply, sums_dtype=jnp.float32)
-    if x.dtype == jnp.bfloat16 and x.size == x.shape[-1]:
+    in_float32 = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=jnp.float32)
+    on_cpu = in_float32
+    if x.dtype == jnp.bfloat16 and rows == 1:
         on_cpu = functools.partial(_as_two_rows, in_float32)
-    elsewhere = in_float32 if x.size < MANY_ROWS * x.shape[-1] else functools.partial(multiply, sums_dtype=out_dtype)
+    elif x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS_OF_CPU:
+        on_cpu = functools.partial(_weight_first, out_dtype=out_dtype)
+    elsewhere = in_float32
+    if rows >= MANY_ROWS and out_dtype != jnp.float32:
+        elsewhere = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=out_dtype)
     if on_cpu is elsewhere:
         return in_float32(x, weight)
+    # By the platform that is compiled for, which need not be this process's.
     return lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
+
+
+def _contract(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike, sums_dtype: DTypeLike) -> jax.Array:
+    """The product of the last axes."""
+    return lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
+        preferred_element_type=sums_dtype,
+    ).astype(out_dtype)
 
 
 def _as_two_rows(multiply: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -73,6 +92,30 @@ def _as_two_rows(multiply: Callable[..., jax.Array], x: jax.Array, weight: jax.A
     product = multiply(jnp.concatenate([x.reshape(1, -1)] * 2), weight)
     product = lax.optimization_barrier(product)  # or XLA would take the second row out again
     return product[0].reshape(*x.shape[:-1], -1)
+
+
+def _weight_first(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike) -> jax.Array:
+    """The product of few rows on CPUs, see `FEW_ROWS_OF_CPU`."""
+    product = _contract(weight, x.reshape(-1, x.shape[-1]), out_dtype=out_dtype, sums_dtype=jnp.float32)
+    product = lax.optimization_barrier(product)  # or XLA would swap the operands instead of transposing
+    return product.T.reshape(*x.shape[:-1], -1)
+
+
+def _one_row(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+    """The product of one row with a weight of another dtype, which is converted in registers.
+
+    Chunks of the weight's rows are added up element by element, a loop that vectorises; what is left of a row, 64
+    numbers or a few more, is summed in an operation of its own. The last chunk is moved back to fit.
+    """
+    row = x.reshape(-1)
+    width = CHUNK * -(-row.size // (CHUNK * MAX_CHUNKS))
+    sums = jnp.zeros((), x.dtype)
+    for end in [*range(width, row.size, width), row.size]:
+        own = row[(end - 1) // width * width : end]
+        numbers = jnp.pad(own, (width - own.size, 0))  # zeros for those that the chunk before has
+        sums += numbers * lax.slice_in_dim(weight, end - width, end, axis=1).astype(x.dtype)
+    sums = lax.optimization_barrier(sums)  # or the loop would be part of the reduction
+    return sums.sum(axis=-1).astype(out_dtype).reshape(*x.shape[:-1], -1)
 
 
 def _dot_by_blocks(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:

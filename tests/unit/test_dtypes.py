@@ -54,3 +54,34 @@ def test_a_large_matrix_is_converted_in_blocks(num_extra):
     x = jnp.asarray(rng.normal(size=(3, dim)), jnp.float32)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(jax.jit(matmul)(x, weight), expected, atol=1e-3)
+
+
+@on_cpu
+@pytest.mark.parametrize("dim", [256, 300, 1600])  # whole chunks; a last one that overlaps; wider ones
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_matrix_is_converted_in_registers_for_one_row(dim, shape):
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(40, dim)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(*shape, dim)), jnp.float32)
+    product = jax.jit(matmul).lower(x, weight).compile()
+    assert product(x, weight).shape == (*shape, 40)
+    np.testing.assert_allclose(product(x, weight), np.asarray(x) @ np.asarray(weight, np.float32).T, atol=1e-4)
+    program = product.as_text() or ""
+    assert " dot(" not in program
+    assert not [line for line in program.splitlines() if f"= f32[40,{dim}]" in line and " fusion(" in line]
+
+
+@on_cpu
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 5)])
+@pytest.mark.parametrize("out_dtype", [None, jnp.bfloat16])
+def test_few_rows_of_float32_come_second(shape, out_dtype):
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(40, 64)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(*shape, 64)), jnp.float32)
+    product = jax.jit(lambda x, weight: matmul(x, weight, out_dtype)).lower(x, weight).compile()
+    got = product(x, weight)
+    assert got.shape == (*shape, 40)
+    assert got.dtype == (out_dtype or jnp.float32)
+    expected = np.asarray(x) @ np.asarray(weight).T
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=1e-2 if out_dtype else 1e-5, atol=1e-4)
+    assert "[40,5]" in (product.as_text() or "")
