@@ -22,9 +22,10 @@ from jaxengine.sharding.mesh import DATA, MODEL
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
 CHUNK, MAX_CHUNKS, MIN_CHUNKED = 64, 24, 256
-"""Width of the chunks in which a CPU takes a converted weight for one row, and their number, beyond which they widen;
-the columns from which that is worth it. SmolLM2's layers, 2 AVX2 cores, jax 0.12, 2026-11-27: 14.8 ms with 64 columns,
-15 to 21 with 16, 32, 48, 96 or 192, and 27 to 36 as a product of a converted copy."""
+"""Width of the chunks in which a CPU takes a 16-bit weight for one row, and their number, beyond which they widen; the
+columns from which that is worth it. SmolLM2's layers in float32, 2 AVX2 cores, jax 0.12, 2026-11-27: 14.8 ms with 64
+columns, 15 to 21 with 16, 32, 48, 96 or 192, and 27 to 36 as a product of a converted copy. In bfloat16 on 2 busy cores
+with AMX, jax 0.11.2: 28 to 31, and 42 as XLA's product."""
 FEW_ROWS_OF_CPU = 64
 """Up to here CPUs take the weight as the first operand in float32: the library packs the second, which then is the
 smaller one. SmolLM2's layers as above, ms for 2, 4, 8, 16, 32 and 64 rows: 22, 24, 30, 40, 65 and 115, against 39, 34,
@@ -49,25 +50,18 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
     Returns:
         `[..., out]`.
     """
-    out_dtype = out_dtype or x.dtype
-    is_converted = weight.dtype != x.dtype
-    if is_converted and x.size == x.shape[-1] >= MIN_CHUNKED:  # as nothing but CPUs converts
-        return _one_row(x, weight, out_dtype)
-    has_large_copy = is_converted and weight.size * x.dtype.itemsize > CONVERTED_BYTES
-    multiply = _dot_by_blocks if has_large_copy else _dot
-    return multiply(x, weight, out_dtype)
+    has_large_copy = weight.dtype != x.dtype and weight.size * x.dtype.itemsize > CONVERTED_BYTES
+    multiply = _dot_by_blocks if has_large_copy and not _is_chunked(x, weight) else _dot
+    return multiply(x, weight, out_dtype or x.dtype)
 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     rows = x.size // x.shape[-1]
-    weight = weight.astype(x.dtype)
-    in_float32 = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=jnp.float32)
-    on_cpu = in_float32
-    if x.dtype == jnp.bfloat16 and rows == 1:
-        on_cpu = functools.partial(_as_two_rows, in_float32)
+    on_cpu = elsewhere = in_float32 = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=jnp.float32)
+    if _is_chunked(x, weight):
+        on_cpu = functools.partial(_one_row, out_dtype=out_dtype)
     elif x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS_OF_CPU:
         on_cpu = functools.partial(_weight_first, out_dtype=out_dtype)
-    elsewhere = in_float32
     if rows >= MANY_ROWS and out_dtype != jnp.float32:
         elsewhere = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=out_dtype)
     if on_cpu is elsewhere:
@@ -76,44 +70,40 @@ def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     return lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
 
 
+def _is_chunked(x: jax.Array, weight: jax.Array) -> bool:
+    return x.size == x.shape[-1] >= MIN_CHUNKED and weight.dtype.itemsize == 2
+
+
 def _contract(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike, sums_dtype: DTypeLike) -> jax.Array:
-    """The product of the last axes."""
     return lax.dot_general(
         x,
-        weight,
+        weight.astype(x.dtype),
         (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())),
         precision=lax.Precision.HIGHEST,  # matters for float32 on GPUs and TPUs only, which would round it
         preferred_element_type=sums_dtype,
     ).astype(out_dtype)
 
 
-def _as_two_rows(multiply: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product of one row in bfloat16: XLA reads its weights at 1 GB/s on CPUs, of two at 20 (AMX, 2026-11-23)."""
-    product = multiply(jnp.concatenate([x.reshape(1, -1)] * 2), weight)
-    product = lax.optimization_barrier(product)  # or XLA would take the second row out again
-    return product[0].reshape(*x.shape[:-1], -1)
-
-
 def _weight_first(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike) -> jax.Array:
     """The product of few rows on CPUs, see `FEW_ROWS_OF_CPU`."""
-    product = _contract(weight, x.reshape(-1, x.shape[-1]), out_dtype=out_dtype, sums_dtype=jnp.float32)
+    product = _contract(weight.astype(x.dtype), x.reshape(-1, x.shape[-1]), out_dtype=out_dtype, sums_dtype=jnp.float32)
     product = lax.optimization_barrier(product)  # or XLA would swap the operands instead of transposing
     return product.T.reshape(*x.shape[:-1], -1)
 
 
-def _one_row(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
-    """The product of one row with a weight of another dtype, which is converted in registers.
+def _one_row(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike) -> jax.Array:
+    """The product of one row with a 16-bit weight on CPUs, which is converted to float32 in registers.
 
     Chunks of the weight's rows are added up element by element, a loop that vectorises; what is left of a row, 64
     numbers or a few more, is summed in an operation of its own. The last chunk is moved back to fit.
     """
-    row = x.reshape(-1)
+    row = x.reshape(-1).astype(jnp.float32)
     width = CHUNK * -(-row.size // (CHUNK * MAX_CHUNKS))
-    sums = jnp.zeros((), x.dtype)
+    sums = jnp.zeros((), jnp.float32)
     for end in [*range(width, row.size, width), row.size]:
         own = row[(end - 1) // width * width : end]
         numbers = jnp.pad(own, (width - own.size, 0))  # zeros for those that the chunk before has
-        sums += numbers * lax.slice_in_dim(weight, end - width, end, axis=1).astype(x.dtype)
+        sums += numbers * lax.slice_in_dim(weight, end - width, end, axis=1).astype(jnp.float32)
     sums = lax.optimization_barrier(sums)  # or the loop would be part of the reduction
     return sums.sum(axis=-1).astype(out_dtype).reshape(*x.shape[:-1], -1)
 

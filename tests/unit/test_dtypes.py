@@ -34,17 +34,6 @@ def test_cpus_that_multiply_bfloat16_run_bfloat16_checkpoints_in_it(monkeypatch)
     assert resolve_dtypes("float32", "auto", "bfloat16", is_loop=True)[:2] == ("float32", "bfloat16")
 
 
-@on_cpu
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64)])
-def test_one_row_of_bfloat16_is_multiplied_as_two(shape):
-    rng = np.random.default_rng(0)
-    x, weight = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in (shape, (24, 64)))
-    product = jax.jit(lambda x, w: matmul(x, w, jnp.float32))(x, weight)
-    assert product.shape == (*shape[:-1], 24)
-    np.testing.assert_allclose(product, np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T, rtol=1e-3)
-    assert "[2,24]" in (jax.jit(matmul).lower(x, weight).compile().as_text() or "")
-
-
 @pytest.mark.parametrize("num_extra", [-5, 0, 7])
 def test_a_large_matrix_is_converted_in_blocks(num_extra):
     dim = 256
@@ -59,13 +48,16 @@ def test_a_large_matrix_is_converted_in_blocks(num_extra):
 @on_cpu
 @pytest.mark.parametrize("dim", [256, 300, 1600])  # whole chunks; a last one that overlaps; wider ones
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_a_matrix_is_converted_in_registers_for_one_row(dim, shape):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_matrix_is_converted_in_registers_for_one_row(dim, shape, dtype):
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=(40, dim)), jnp.bfloat16)
-    x = jnp.asarray(rng.normal(size=(*shape, dim)), jnp.float32)
-    product = jax.jit(matmul).lower(x, weight).compile()
+    x = jnp.asarray(rng.normal(size=(*shape, dim)), dtype)
+    product = jax.jit(lambda x, weight: matmul(x, weight, jnp.float32)).lower(x, weight).compile()
     assert product(x, weight).shape == (*shape, 40)
-    np.testing.assert_allclose(product(x, weight), np.asarray(x) @ np.asarray(weight, np.float32).T, atol=1e-4)
+    np.testing.assert_allclose(
+        product(x, weight), np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T, atol=1e-4
+    )
     program = product.as_text() or ""
     assert " dot(" not in program
     assert not [line for line in program.splitlines() if f"= f32[40,{dim}]" in line and " fusion(" in line]
