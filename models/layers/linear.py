@@ -71,6 +71,7 @@ def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
 
 
 def _is_chunked(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether CPUs compute a product by `_one_row`."""
     return x.size == x.shape[-1] >= MIN_CHUNKED and weight.dtype.itemsize == 2
 
 
