@@ -246,13 +246,19 @@ def to_cache_dtype(new, scale, dtype):
 def _multiply(equation: str, rows, block, by_row: bool):
     """einsum of rows[..., R, X] and a block of keys or values; `by_row` makes R products of a vector and a matrix.
 
-    XLA's CPU backend emits those inline, where it calls a library for a product of matrices.
+    XLA's CPU backend emits those inline, where it calls a library for a product of matrices. Selects put the rows
+    together, since it emits a concatenation through pointers, element by element (2026-11-27, 9 heads over 3 of 64;
+    concatenation -> selects: 32 x 192 tokens 0.72 -> 0.63 ms a layer, 64 x 64..600 3.4 -> 3.0, 1 x 192 0.029 -> 0.020).
     """
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # GPUs would round float32 to TF32
     if not by_row:
         return einsum(equation, rows, block)
-    equation = equation.replace("r", "")
-    return jnp.stack([einsum(equation, rows[..., r, :], block) for r in range(rows.shape[-2])], axis=-2)
+    num_rows = rows.shape[-2]
+    index = jnp.arange(num_rows)[:, None]
+    out = jnp.zeros(())
+    for r in range(num_rows):
+        out = jnp.where(index == r, einsum(equation.replace("r", ""), rows[..., r, :], block)[..., None, :], out)
+    return out
 
 
 def _attend_block(
