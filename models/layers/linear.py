@@ -57,7 +57,7 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     rows = x.size // x.shape[-1]
-    on_cpu = elsewhere = in_float32 = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=jnp.float32)
+    on_cpu = elsewhere = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=jnp.float32)
     if _is_chunked(x, weight):
         on_cpu = functools.partial(_one_row, out_dtype=out_dtype)
     elif x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS_OF_CPU:
@@ -65,7 +65,7 @@ def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     if rows >= MANY_ROWS and out_dtype != jnp.float32:
         elsewhere = functools.partial(_contract, out_dtype=out_dtype, sums_dtype=out_dtype)
     if on_cpu is elsewhere:
-        return in_float32(x, weight)
+        return on_cpu(x, weight)
     # By the platform that is compiled for, which need not be this process's.
     return lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
 

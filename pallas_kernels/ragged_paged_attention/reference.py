@@ -253,11 +253,12 @@ def _multiply(equation: str, rows, block, by_row: bool):
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # GPUs would round float32 to TF32
     if not by_row:
         return einsum(equation, rows, block)
-    num_rows = rows.shape[-2]
-    index = jnp.arange(num_rows)[:, None]
+    equation = equation.replace("r", "")
+    index = jnp.arange(rows.shape[-2])[:, None]
     out = jnp.zeros(())
-    for r in range(num_rows):
-        out = jnp.where(index == r, einsum(equation.replace("r", ""), rows[..., r, :], block)[..., None, :], out)
+    for r in range(rows.shape[-2]):
+        product = einsum(equation, rows[..., r, :], block)
+        out = jnp.where(index == r, product[..., None, :], out)
     return out
 
 
