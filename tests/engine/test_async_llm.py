@@ -109,31 +109,40 @@ def test_a_slow_reader_gets_merged_outputs(llm, runner):
     assert sum(len(output.outputs[0].token_ids) for output in outputs) == 30
 
 
-@pytest.mark.parametrize("num_readers", [FEW_REQUESTS - 1, FEW_REQUESTS])
-def test_a_busy_front_takes_several_steps_at_once_if_it_has_many_readers(llm, runner, num_readers):
+def test_a_busy_front_takes_several_steps_at_once_if_it_has_many_readers(llm, runner):
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=1)
     delta = params.clone()
     delta.output_kind = RequestOutputKind.DELTA
 
-    async def read(index: int) -> list[RequestOutput]:
+    async def read(index: int, busy_seconds: float) -> list[RequestOutput]:
         outputs = []
         async for output in llm.generate("abc", delta, str(index)):
             outputs.append(output)
             if index == len(outputs) - 1 == 0:
-                time.sleep(3)  # nothing of the event loop runs meanwhile, and the core goes on, also on a busy machine
+                time.sleep(busy_seconds)  # nothing of the event loop runs meanwhile, and the core goes on
         return outputs
 
-    async def read_all() -> list[list[RequestOutput]]:
-        return await asyncio.gather(*map(read, range(num_readers)))
+    async def read_all(num_readers: int, busy_seconds: float) -> list[list[RequestOutput]]:
+        return await asyncio.gather(*(read(index, busy_seconds) for index in range(num_readers)))
+
+    def largest_number(num_readers: int, busy_seconds: float) -> int:
+        """Of outputs that a reader got. Checks that they add up to the whole."""
+        answers = runner.run(read_all(num_readers, busy_seconds))
+        for outputs in answers:
+            deltas = [output.outputs[0] for output in outputs]
+            assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+            assert "".join(delta.text for delta in deltas) == whole.text
+            assert sum(len(delta.logprobs or []) for delta in deltas) == 30
+            assert deltas[-1].finish_reason == "length"
+        return max(map(len, answers))
 
     (whole,) = runner.run(collect(llm, "abc", params))[-1].outputs
-    for outputs in runner.run(read_all()):
-        deltas = [output.outputs[0] for output in outputs]
-        assert len(deltas) == 30 if num_readers < FEW_REQUESTS else len(deltas) < 20
-        assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
-        assert "".join(delta.text for delta in deltas) == whole.text
-        assert sum(len(delta.logprobs or []) for delta in deltas) == 30
-        assert deltas[-1].finish_reason == "length"
+    # A core that still compiles, or gets no processor, needs a front that is busy for longer.
+    busy_seconds = 1
+    while largest_number(FEW_REQUESTS, busy_seconds) >= 20:
+        busy_seconds *= 2
+        assert busy_seconds <= 16
+    assert largest_number(FEW_REQUESTS - 1, busy_seconds) == 30
 
 
 @pytest.mark.parametrize("how", ["cancel", "leave"])
