@@ -1,8 +1,11 @@
 """How the memory beside the KV cache is found."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from jaxengine import LLM
+from jaxengine import LLM, SamplingParams
+from jaxengine.runner import model_runner
 from jaxengine.runner.memory import FRACTION, MARGIN, cache_bytes, reserve_device_memory
 from jaxengine.runner.programs import SamplerKey, temporary_bytes
 from jaxengine.sampling.sampler import EVERY_FEATURE
@@ -17,6 +20,18 @@ def test_two_layers_tell_what_the_largest_step_needs(tmp_path):
         compiled = [programs.compile_program(key) for key in (largest, SamplerKey(largest.num_seqs, EVERY_FEATURE, ()))]
         needed = programs.weight_bytes() + sum(map(temporary_bytes, compiled))
         assert 0.99 * needed <= programs.bytes_beside_cache() <= 1.01 * needed
+
+
+def test_what_steps_have_freed_goes_back_to_the_system_now_and_then(tiny, monkeypatch):
+    clock, released = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr(model_runner, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(model_runner, "release_free_memory", lambda: released.append(clock.now))
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(str(tiny), dtype="float32", **SMALL_ENGINE) as llm:
+        released.clear()  # after loading
+        for clock.now in (1001.0, 1003.0, 1004.0, 1005.5):
+            llm.generate("abc", params, use_tqdm=False)
+    assert released == [1003.0, 1005.5]
 
 
 def test_the_cache_gets_the_share_of_the_device_that_is_asked_for(monkeypatch):

@@ -53,7 +53,7 @@ class Server:
     @property
     def url(self) -> str:
         """Waits until the server listens."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # importing and compiling take long on a machine that has other work
         while not (found := re.search(r"on (http://\S+)\n", "".join(self.lines))):
             assert self.process.poll() is None, self.lines
             assert time.monotonic() < deadline, self.lines
