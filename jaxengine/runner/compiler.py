@@ -162,7 +162,7 @@ class StepCompiler:
 
 
 def release_free_memory() -> None:
-    """Gives freed memory back to the system, where the C library is glibc: it would keep what compiling has used."""
+    """Gives freed memory back to the system, where the C library is glibc: it would keep most of it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

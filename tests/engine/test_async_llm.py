@@ -125,8 +125,8 @@ def test_a_busy_front_takes_several_steps_at_once_if_it_has_many_readers(llm, ru
     async def read_all(num_readers: int, busy_seconds: float) -> list[list[RequestOutput]]:
         return await asyncio.gather(*(read(index, busy_seconds) for index in range(num_readers)))
 
-    def largest_number(num_readers: int, busy_seconds: float) -> int:
-        """Of outputs that a reader got. Checks that they add up to the whole."""
+    def numbers(num_readers: int, busy_seconds: float) -> list[int]:
+        """How many outputs each reader got. Checks that they add up to the whole."""
         answers = runner.run(read_all(num_readers, busy_seconds))
         for outputs in answers:
             deltas = [output.outputs[0] for output in outputs]
@@ -134,15 +134,15 @@ def test_a_busy_front_takes_several_steps_at_once_if_it_has_many_readers(llm, ru
             assert "".join(delta.text for delta in deltas) == whole.text
             assert sum(len(delta.logprobs or []) for delta in deltas) == 30
             assert deltas[-1].finish_reason == "length"
-        return max(map(len, answers))
+        return list(map(len, answers))
 
     (whole,) = runner.run(collect(llm, "abc", params))[-1].outputs
     # A core that still compiles, or gets no processor, needs a front that is busy for longer.
     busy_seconds = 1
-    while largest_number(FEW_REQUESTS, busy_seconds) >= 20:
+    while max(numbers(FEW_REQUESTS, busy_seconds)) >= 20:
         busy_seconds *= 2
         assert busy_seconds <= 16
-    assert largest_number(FEW_REQUESTS - 1, busy_seconds) == 30
+    assert set(numbers(FEW_REQUESTS - 1, busy_seconds)) == {30}
 
 
 @pytest.mark.parametrize("how", ["cancel", "leave"])
