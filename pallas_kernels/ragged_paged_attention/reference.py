@@ -234,12 +234,18 @@ def write(k, v, cache, page, offset, k_scale, v_scale):
 
 
 def to_cache_dtype(new, scale, dtype):
-    """Keys or values [T, K, H], divided by a scale for each head or for all, as the cache holds them."""
+    """Keys or values [T, K, H], divided by a scale for each head or for all, as the cache holds them.
+
+    What a narrow dtype cannot hold becomes its largest value: float8_e4m3fn has no infinity, and would make it NaN.
+    """
     if scale is not None:
         new = new / jnp.reshape(scale, (-1, 1))
     if jnp.issubdtype(dtype, jnp.integer):
         limits = jnp.iinfo(dtype)
         new = jnp.clip(jnp.round(new.astype(jnp.float32)), limits.min, limits.max)
+    elif jnp.dtype(dtype).itemsize == 1:
+        limits = jnp.finfo(dtype)
+        new = jnp.clip(new.astype(jnp.float32), float(limits.min), float(limits.max))
     return new.astype(dtype)
 
 

@@ -107,3 +107,15 @@ def test_shapes_that_do_not_fit_are_refused():
         run(case, inputs)
     with pytest.raises(ValueError, match="implementation='nope'"):
         run(case, make_inputs(case), implementation="nope")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+def test_a_narrow_cache_holds_its_largest_value_for_what_is_larger(dtype):
+    """NaN, which float8_e4m3fn would hold instead, would spoil every later token of the sequence."""
+    new = jnp.asarray([1e30, 1e3, 1.0, -1e3, -1e30], jnp.float32)[None, None, :]
+    kept = np.asarray(reference.to_cache_dtype(new, jnp.asarray([1e-3]), jnp.dtype(dtype)), np.float32)[0, 0]
+    limits = jnp.iinfo(dtype) if dtype == "int8" else jnp.finfo(dtype)
+    assert kept[0] == float(limits.max)
+    assert kept[-1] == float(limits.min)
+    assert np.isfinite(kept).all()
+    assert (np.diff(kept) <= 0).all()
