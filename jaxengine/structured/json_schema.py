@@ -89,8 +89,9 @@ def relocate(schema: Any, pointer: str) -> Any:
 
     def change(found: Schema) -> Schema:
         reference = found.get("$ref")
-        is_own = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
-        return {"$ref": f"#{pointer}{reference[1:]}"} if is_own else {}
+        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+            return {}
+        return {"$ref": f"#{pointer}{reference[1:]}"}
 
     return rewrite(schema, change)
 
