@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from jaxengine.sampling_params import StructuredOutputsParams
+from jaxengine.structured.json_schema import close, enforce_formats
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 NUM_COMPILED = 64
 """Compiled grammars kept, those used last."""
-_DATA = ("const", "default", "enum", "examples")
-"""Keywords of JSON Schema whose values are no schemas."""
+WHITESPACE = r"[ \t]{1,64}|\r?\n[ \t]{0,64}"
+"""Between the parts of JSON: enough to indent it, and no more, or a model can write newlines for ever."""
 
 
 def grammar_text(params: StructuredOutputsParams) -> str:
@@ -30,10 +31,11 @@ def grammar_text(params: StructuredOutputsParams) -> str:
         schema = params.json if params.json is not None else {"type": "object"}
         schema = json.loads(schema) if isinstance(schema, str) else schema
         if params.disable_additional_properties:
-            schema = _closed(schema)
+            schema = close(schema)
+        schema = enforce_formats(schema)
         options: Any = {"whitespace_flexible": not params.disable_any_whitespace}
-        if params.whitespace_pattern is not None:
-            options["whitespace_pattern"] = params.whitespace_pattern
+        if not params.disable_any_whitespace:
+            options["whitespace_pattern"] = params.whitespace_pattern or WHITESPACE
         return LLMatcher.grammar_from_json_schema(schema, overrides=options)
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
@@ -41,18 +43,6 @@ def grammar_text(params: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
     assert params.grammar is not None
     return grammar_from("grammar", params.grammar)
-
-
-def _closed(schema: Any) -> Any:
-    """A schema whose objects have no properties but those that it names, where it does not say otherwise."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {name: value if name in _DATA else _closed(value) for name, value in schema.items()}
-    if isinstance(schema.get("properties"), dict):
-        closed.setdefault("additionalProperties", False)
-    return closed
 
 
 class GrammarCompiler:

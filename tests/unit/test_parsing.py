@@ -74,23 +74,40 @@ CASES = [
     ("gemma", "Let me.\n```tool_code\nhi(to='Ann')\nbye()\n```\nDone", ["Let me.", HI, BYE, "Done"]),
     ("gemma", '```json\n{"name": "hi", "parameters": {"to": "Ann"}}\n```', [HI]),
     ("gemma", '{"name": "hi", "parameters": {"to": "Ann"}}', [HI]),
+    ("hermes", '<tool_call>{"name": "bye"}</tool_call>', [BYE]),
+    ("hermes", '<tool_call>{"name": "bye", "arguments": null}</tool_call> x', [BYE, "x"]),
+    ("hermes", '<tool_call>{"arguments": null, "name": "bye"}', [BYE]),
+    ("hermes", '<tool_call>{"name": "bye", "arguments": ""}</tool_call>', [BYE]),
+    ("hermes", '<tool_call>{"name": "bye"}</tool_call><tool_call>' + SAY_JSON, [BYE, SAY]),
+    ("mistral", '[TOOL_CALLS] [{"name": "bye"}, ' + SAY_JSON + "]", [BYE, SAY]),
+    ("llama3_json", '<|python_tag|>{"name": "bye"}; {"name": "hi", "parameters": {"to": "Ann"}}', [BYE, HI]),
+    ("forced", '[{"name":"bye"},{"name":"hi","parameters":{"to": "Ann"}}]', [BYE, HI]),
+    ("pythonic", "[f(a=true, b=[null, {'c': false}])]", [("f", '{"a": true, "b": [null, {"c": false}]}')]),
+    ("pythonic", "[mail(from='a', to='b', class=None)]", [("mail", '{"from": "a", "to": "b", "class": null}')]),
+    ("pythonic", '[import(x="from=(")]', [("import", '{"x": "from=("}')]),
     ("pythonic", "[a.say(text='</tool_call> {[\"\\'', n=[1, 2.5, None, True])]", [("a." + SAY[0], SAY[1])]),
 ]
 CONTENT = [
     ("hermes", "a < b, <tool> and <tool_call"),
     ("hermes", "<tool_call>\nnothing</tool_call>"),
-    ("hermes", '<tool_call>{"name": "hi"}</tool_call>'),
     ("hermes", '<tool_call>{"name": 1, "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "hi", "arguments": null}</tool_call>'),
     ("hermes", '<tool_call>{"name": "hi", "arguments": { here }}</tool_call>'),
     ("hermes", '<tool_call>{"name": "hi", "arguments": "{} {}"}</tool_call>'),
     ("hermes", '<tool_call>{"name": "hi", "arguments": "{\\"a\\": \\"\\ud800\\"}"}</tool_call>'),
     ("hermes", '<tool_call>{"name": NaN, "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "\\d", "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "hi"], "arguments": {}}</tool_call>'),
-    ("hermes", '<tool_call>{"arguments": {"to": "Ann"}, "name": "h'),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": 5}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": []}</tool_call>'),
+    ("llama3_json", '{"name": "bye"}'),
+    ("llama3_json", '{"name": "Ann", "age"'),
+    ("llama3_json", '{"name": 5'),
+    ("llama3_json", '{"nam'),
+    ("gemma", "[1, 2"),
+    ("gemma", '["a('),
+    ("gemma", "[hi(to=yes)]"),
     ("llama3_json", '{"name": "Ann", "age": 3}'),
     ("llama3_json", 'As in {"name": "hi", "parameters": {}}'),
     ("llama3_json", '<|python_tag|>brave.call(query="x")'),
@@ -125,10 +142,56 @@ BROKEN = [
 """Calls that stop being JSON after they have been told."""
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), CASES + BROKEN)
+CUT_OFF = [
+    ("hermes", "Well. <tool_call>", ["Well."]),
+    ("hermes", "<tool_call>\n", []),
+    ("hermes", "Well.\n<tool_call>\n{", ["Well."]),
+    ("hermes", '<tool_call>{"arguments": {"to": "Ann"}, "name": "h', []),
+    ("hermes", '<tool_call>{"name": "hi", "argu', []),
+    ("hermes", '<tool_call>{"name": "hi", "arguments": ', []),
+    ("hermes", "<tool_call>" + SAY_JSON + '</tool_call><tool_call>{"na', [SAY]),
+    ("llama3_json", '<|python_tag|>{"na', []),
+    ("llama3_json", '{"name": "h', []),
+    ("llama3_json", '{"name": "hi", "parameters": ', []),
+    ("mistral", "[TOOL_CALLS]", []),
+    ("mistral", "[TOOL_CALLS] [", []),
+    ("mistral", '[TOOL_CALLS] [{"name": "hi"', []),
+    ("mistral", "Hm [TOOL_CALLS]h", ["Hm"]),
+    ("mistral", "[TOOL_CALLS]hi[CALL_ID]abc[AR", []),
+    ("gemma", "```tool_code\nhi(to='An", []),
+    ("gemma", "[hi(to='Ann'), by", []),
+    ("gemma", '[{"name": "h', []),
+    ("forced", '[{"name":"h', []),
+    ("forced", "[", []),
+    ("forced", '[{"name":"hi","parameters":{"to": "Ann"}},{"name', [HI]),
+]
+"""Calls that the text ends in before they are certain."""
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), CASES + BROKEN + CUT_OFF)
 def test_calls_are_found(name, text, expected):
     assert parse(name, [text]) == expected
     assert parse(name, list(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("llama3_json", '{"name": "h', []),
+        ("llama3_json", '{"name": "hi"', []),
+        ("llama3_json", '{"name": "A', ['{"name": "A']),
+        ("llama3_json", '{"name": "h"', ['{"name": "h"']),
+        ("gemma", "[hi(to='An", []),
+        ("gemma", "[see(to='An", ["[see(to='An"]),
+    ],
+)
+def test_names_tell_half_a_call_from_other_text(name, text, expected):
+    for pieces in ([text], list(text)):
+        parser = TOOL_PARSERS[name](["hi"])
+        assert (
+            plain([part for piece in pieces for part in parser.feed(piece, final=False)] + parser.feed("", final=True))
+            == expected
+        )
 
 
 @pytest.mark.parametrize(("name", "text"), CONTENT)
@@ -222,7 +285,10 @@ def test_pieces_change_nothing(name, text, lengths):
     assert parse(name, cut(text, lengths)) == whole
     check_arguments(TOOL_PARSERS[name]().feed(text, final=True))
     if all(isinstance(part, str) for part in whole):
-        assert "".join(str(part) for part in whole) == text
+        content = "".join(str(part) for part in whole)
+        assert text.startswith(content)
+        begun = TOOL_PARSERS[name].markers + TOOL_PARSERS[name].leading  # what was cut off begins so
+        assert content == text or text[len(content) :].lstrip().startswith(begun)
 
 
 def check_arguments(parts: list[Any]) -> None:

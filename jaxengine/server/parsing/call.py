@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from jaxengine.server.parsing.scan import ObjectScanner
 
 _BEGINNING = re.compile(r'\{\s*["}]')
 """What arguments begin with: after so much of them a call is certain."""
+_NO_ARGUMENTS = ("", "null", '""')
+"""How models write that a function takes nothing, beside `{}`."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,25 @@ class CallReader:
         is_told: The call has begun. Before that the object may still turn out to be something else.
     """
 
-    def __init__(self, name: str | None, new_id: Callable[[], str]):
-        """Args: name: The object is the arguments of a call with this name; None: they are in it."""
+    def __init__(
+        self,
+        name: str | None,
+        new_id: Callable[[], str],
+        *,
+        is_marked: bool = False,
+        tool_names: Collection[str] | None = None,
+    ):
+        """Makes a reader of one object.
+
+        Args:
+            name: The object is the arguments of a call with this name; None: they are in it.
+            new_id: Makes an id for the call.
+            is_marked: The model has said that a call follows: arguments may be missing.
+            tool_names: Functions that may be called; None: any.
+        """
         self.is_told = False
-        self._new_id = new_id
+        self._new_id, self._is_marked, self._tool_names = new_id, is_marked, tool_names
+        self._fields: set[str] = set()
         self._scanner = ObjectScanner(None if name is None else "arguments")
         self._texts = {"name": "" if name is None else json.dumps(name), "arguments": ""}
         self._complete = set() if name is None else {"name"}
@@ -68,6 +85,7 @@ class CallReader:
         """Reads as much of a text as is certain; returns what is new of the call, and how many characters were read."""
         pieces, length = self._scanner.read(text)
         for name, piece, is_last in pieces:
+            self._fields.add(name)
             field = "arguments" if name == "parameters" else name
             if field in self._texts and field not in self._complete:
                 self._texts[field] += piece
@@ -86,11 +104,29 @@ class CallReader:
         in_arguments = self._scanner.field in ("arguments", "parameters") and "arguments" not in self._complete
         return [Arguments(text, False)] if in_arguments and text else []
 
+    def is_cut_off(self) -> bool:
+        """Whether a text that ends here has ended within a call, of which nothing is certain yet."""
+        if self.is_told or self.is_over:
+            return False
+        if self._is_marked:
+            return True
+        known = ("name", "arguments", "parameters")
+        if self._fields - set(known) or not any(field.startswith(self._scanner.key) for field in known):
+            return False
+        if not self._texts["name"].startswith('"'):
+            return False
+        name, is_whole = self._texts["name"].strip('"'), "name" in self._complete
+        return may_be_name(name, self._tool_names, is_whole=is_whole)
+
     def _call(self) -> ToolCall | None:
         """The call, if it is certain."""
         arguments = self._texts["arguments"]
+        if self._is_marked and self._scanner.is_done and arguments.strip() in _NO_ARGUMENTS:
+            arguments = self._texts["arguments"] = "{}"
+            self._complete.add("arguments")
         if "arguments" in self._complete and arguments.startswith('"'):
-            arguments = self._texts["arguments"] = _object_in(arguments)
+            arguments = _object_in(arguments)
+            self._texts["arguments"] = arguments or self._texts["arguments"]
         if "name" not in self._complete or not _BEGINNING.match(arguments):
             return None
         name = json.loads(self._texts["name"])
@@ -104,6 +140,13 @@ def _object_in(text: str) -> str:
     pieces, length = scanner.read(inner)
     is_object = scanner.is_done and length == len(inner) and _is_unicode(inner)
     return "".join(piece.text for piece in pieces) if is_object else ""
+
+
+def may_be_name(text: str, tool_names: Collection[str] | None, *, is_whole: bool = False) -> bool:
+    """Whether a function is called so, or, unless the name is whole, may begin so."""
+    if tool_names is None:
+        return bool(re.fullmatch(r"[\w.-]*", text))
+    return text in tool_names if is_whole else any(name.startswith(text) for name in tool_names)
 
 
 def _is_unicode(text: str) -> bool:

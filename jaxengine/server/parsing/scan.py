@@ -66,6 +66,11 @@ class ObjectScanner:
         self._in_string = self._in_key = False
         self._key = ""
 
+    @property
+    def key(self) -> str:
+        """The key that was read last, as far as it has come."""
+        return self._key
+
     def read(self, text: str) -> tuple[list[Piece], int]:
         """Reads as much of a text as is certain, which goes on where the last call has stopped.
 

@@ -3,22 +3,19 @@
 What a parser decides depends on the text alone, never on the pieces in which it comes. It holds back what may become a
 call until that is certain: until name and beginning of the arguments have come. From then on the arguments are told as
 they are written. What is no call is part of the content, exactly as it was written; so is what follows a call that
-stops being JSON.
+stops being JSON. A call of which nothing was certain when the text ended, as `max_tokens` ends it, is left out.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import secrets
 import string
 import uuid
-import warnings
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Collection, Generator
 
-from jaxengine.server.parsing.call import Arguments, CallReader, ToolCall
+from jaxengine.server.parsing.call import Arguments, CallReader, ToolCall, may_be_name
+from jaxengine.server.parsing.python_calls import python_calls
 from jaxengine.server.parsing.scan import TextScanner, ValueScanner, split_open
 
 type Steps[T] = Generator[None, None, T]
@@ -32,13 +29,18 @@ class ToolParser:
         markers: Texts after which a call follows.
         leading: The same, but only at the beginning of the answer and after a call. Brackets are part of the call.
         between: Text that may follow a call.
+        only_calls: Nothing but calls is written, so what is in `leading` says that one follows.
     """
 
     markers: tuple[str, ...] = ()
     leading: tuple[str, ...] = ()
     between: str = ""
+    only_calls: bool = False
 
-    def __init__(self) -> None:
+    def __init__(self, tool_names: Collection[str] | None = None) -> None:
+        """Args: tool_names: Functions that may be called; they tell half a call from other JSON. None: any."""
+        self.tool_names = tool_names
+        self._is_marked = False  # the model has said that a call follows
         self._text = ""  # what has come and has not been read
         self._final = False  # nothing more will come
         self._parts: list[str | ToolCall | Arguments] = []
@@ -63,7 +65,7 @@ class ToolParser:
         if self._text.startswith(("{", "[")):
             yield from self.read_json(held)
         else:
-            self._put(held)
+            self._put_unless(self._is_cut_short(), held)
 
     def read_json(self, held: str) -> Steps[None]:
         """Reads an object or a list of objects, with which the text begins."""
@@ -86,8 +88,7 @@ class ToolParser:
             if not self._text.startswith(","):
                 break
             held += self._take(1)
-        if self._text or not told:  # else it was cut off after a call
-            self._put(held)
+        self._put_unless(not self._text and (told or self._is_cut_short()), held)
 
     def read_object(self, held: str, name: str | None = None) -> Steps[bool]:
         """Reads one object: a call or, if its name is known already, its arguments.
@@ -95,7 +96,8 @@ class ToolParser:
         Returns:
             Whether it was a call, to its end.
         """
-        reader = CallReader(name, self.new_id)
+        is_marked = self._is_marked or name is not None
+        reader = CallReader(name, self.new_id, is_marked=is_marked, tool_names=self.tool_names)
         while True:
             parts, length = reader.read(self._text)
             self._parts += parts
@@ -104,7 +106,9 @@ class ToolParser:
                 break
             yield
         if not reader.is_told:
-            self._put(held)
+            is_cut_off = reader.is_cut_off()
+            self._put_unless(is_cut_off, held)
+            self._text = "" if is_cut_off else self._text
             return False
         self._fresh = True
         if not reader.is_over:
@@ -128,6 +132,7 @@ class ToolParser:
                 return None
             yield
         start, marker = found
+        self._is_marked = self.only_calls or marker in self.markers
         before = self._text[:start].rstrip()
         self._put(before)
         self._take(len(before))
@@ -163,6 +168,15 @@ class ToolParser:
         taken, self._text = self._text[:length], self._text[length:]
         return taken
 
+    def _is_cut_short(self) -> bool:
+        """Whether the text has ended where a call was to come."""
+        return self._is_marked and self._final and not self._text
+
+    def _put_unless(self, is_cut_off: bool, text: str) -> None:
+        """Makes text that is no call part of the content, unless it is the beginning of one that was cut off."""
+        if not is_cut_off:
+            self._put(text)
+
     def _put(self, text: str) -> None:
         if text:
             self._parts.append(text)
@@ -173,6 +187,7 @@ class JSONParser(ToolParser):
     """A list of calls in JSON and nothing else: what calls that are forced look like."""
 
     leading = ("[",)
+    only_calls = True
 
 
 class HermesParser(ToolParser):
@@ -201,6 +216,7 @@ class MistralParser(ToolParser):
 
     markers = ("[TOOL_CALLS]",)
     _HEADER = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*")
+    _CUT_HEADER = re.compile(r"\s*[\w.-]*\s*(?:\[(?:CALL_ID|ARGS)?[\]\w\s]*)*")
     _MAX_HEADER = 200
 
     def read_value(self, held: str) -> Steps[None]:
@@ -214,7 +230,9 @@ class MistralParser(ToolParser):
             yield
         header = self._HEADER.fullmatch(self._text, 0, end) if end >= 0 else None
         if header is None:
-            self._put(held)
+            is_cut_off = self._final and bool(self._CUT_HEADER.fullmatch(self._text))
+            self._put_unless(is_cut_off, held)
+            self._text = "" if is_cut_off else self._text
         else:
             yield from self.read_object(held + self._take(end), header[1])
 
@@ -245,6 +263,7 @@ class GemmaParser(ToolParser):
         if re.match(r"\{|\[\s*\{", self._text):
             yield from self.read_json(held)
         elif in_code or self._text.startswith("["):
+            self._is_marked = in_code
             yield from self._read_python(held, TextScanner("```") if in_code else ValueScanner(0))
         else:
             self._put(held)
@@ -253,8 +272,10 @@ class GemmaParser(ToolParser):
         while (end := scanner.end(self._text)) is None and not self._final:
             yield
         code = self._take(len(self._text) if end is None else end)
+        if end is None and (self._is_marked or self._may_be_calls(code)):
+            return
         try:
-            calls = [] if end is None else _python_calls(code)
+            calls = [] if end is None else python_calls(code)
         except ValueError:
             calls = []
         for name, arguments in calls:
@@ -263,30 +284,10 @@ class GemmaParser(ToolParser):
         if not calls:
             self._put(held + code)
 
-
-def _python_calls(code: str) -> list[tuple[str, str]]:
-    """Names, and arguments in JSON, of calls in Python; raises ValueError if there is anything else."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what is odd about a model's Python interests nobody
-            statements = ast.parse(code.strip()).body
-        calls = []
-        for statement in statements:
-            value = statement.value if isinstance(statement, ast.Expr) else None
-            calls += [_python_call(node) for node in (value.elts if isinstance(value, ast.List) else [value])]
-        return calls
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"no calls in Python: {error}") from error
-
-
-def _python_call(node: ast.expr | None) -> tuple[str, str]:
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute) or node.args:
-        raise ValueError("something else than a call with named arguments")
-    arguments: dict[Any, Any] = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
-    if None in arguments:
-        raise ValueError("**: no name")
-    name, text = ast.unparse(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    (name + text).encode()  # half a surrogate pair, from an escape, could not be sent
-    return name, text
+    def _may_be_calls(self, code: str) -> bool:
+        """Whether a list that was cut off begins with a call."""
+        name, paren, _ = code.removeprefix("[").lstrip().partition("(")
+        return bool(paren and name) and may_be_name(name.rstrip(), self.tool_names, is_whole=True)
 
 
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
