@@ -28,6 +28,8 @@ from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.engine_args import EngineArgs
 from jaxengine.metrics import Metric
 
+logger = logging.getLogger(__name__)
+
 POLL_MS = 100
 FEW_REQUESTS = 8
 """Below so many requests the front is faster than any core, and readers get each step's tokens by themselves."""
@@ -132,7 +134,7 @@ class CoreClient:
                 if isinstance(message, wire.Step):
                     is_busy = len(self._requests) >= FEW_REQUESTS
                     self.metrics = message.metrics
-                    updates += self._updates(message)
+                    updates += self._updates(message, refuse)
                     if is_busy:
                         continue
                 take(updates)
@@ -177,15 +179,24 @@ class CoreClient:
         with contextlib.suppress(zmq.Again):
             self._outbox.send(wire.encode(message), zmq.NOBLOCK)
 
-    def _updates(self, step: wire.Step) -> list[SampledUpdate]:
-        """What is not of requests that have been ended here meanwhile."""
+    def _updates(self, step: wire.Step, refuse: Callable[[Request, str], None]) -> list[SampledUpdate]:
+        """What is not of requests that have been ended here meanwhile; one that cannot be read ends its request."""
         updates = []
-        for update in step.updates:
-            request = self._requests.get(update.key)
-            if request is not None:
-                updates.append(update.apply(request))
-                if update.status is not None:
-                    self._forget(update.key)
+        for data in step.updates:
+            try:
+                update = wire.decode_update(data)
+                request = self._requests.get(update.key)
+                if request is not None:
+                    updates.append(update.apply(request))
+            except Exception as error:
+                logger.exception("an update of the engine core cannot be read")
+                key = wire.key_of(data, place=0)
+                if key is not None and (failed := self._forget(key)) is not None:
+                    self._send(wire.Finish(key, RequestStatus.FINISHED_ERROR.name))
+                    refuse(failed, f"what the engine core has sent of this request cannot be read: {error!r}")
+                continue
+            if request is not None and update.status is not None:
+                self._forget(update.key)
         return updates
 
     def _forget(self, key: int) -> Request | None:

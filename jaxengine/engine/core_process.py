@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import zmq
 
 from jaxengine.engine import wire
@@ -68,21 +69,34 @@ class CoreProcess:
             self._compiler.shutdown(cancel_futures=True)
             self._core.close()
 
-    def _report(self, updates: list[wire.Update]) -> None:
+    def _report(self, updates: list[msgspec.Raw]) -> None:
         """Tells the front what is new."""
         metrics = collect_metrics(self._core, self._compilations.count)
         if updates or metrics != self._metrics:
             self._metrics = metrics
             self._send(wire.Step(updates, metrics))
 
-    def _step(self) -> list[wire.Update]:
+    def _step(self) -> list[msgspec.Raw]:
         updates = []
         for update in self._core.step():
-            key = self._keys[update.request]
-            updates.append(wire.Update.of(key, update))
+            key = self._keys.get(update.request)
+            if key is None:  # ended here, while the step ran
+                continue
+            try:
+                updates.append(msgspec.Raw(wire.encode(wire.Update.of(key, update))))
+            except Exception as error:  # whatever it is, it is this request's alone
+                self._fail(key, f"an update cannot be sent: {error!r}")
+                continue
             if update.finished:
                 self._forget(key)
         return updates
+
+    def _fail(self, key: int, message: str) -> None:
+        """Ends one request that something is wrong with, and tells the front."""
+        logger.error("request %s: %s", self._requests[key].request_id, message)
+        self._core.finish_request(self._requests[key].request_id, RequestStatus.FINISHED_ERROR)
+        self._forget(key)
+        self._send(wire.Refused(key, message))
 
     def _take_messages(self) -> bool:
         """Takes all messages that are there, and waits for one if there is nothing else to do; False at the end."""
@@ -90,10 +104,15 @@ class CoreProcess:
             self._inbox.poll(COMPILE_POLL_MS if self._compiling else None)
         while True:
             try:
-                message = wire.decode_to_core(self._inbox.recv(zmq.NOBLOCK))
+                frame = self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
                 self._add_compiled()
                 return True
+            try:
+                message = wire.decode_to_core(frame)
+            except msgspec.DecodeError as error:
+                self._refuse_unread(frame, error)
+                continue
             if isinstance(message, wire.Shutdown):
                 return False
             if isinstance(message, wire.Add):
@@ -104,10 +123,17 @@ class CoreProcess:
                 self._core.finish_request(request.request_id, RequestStatus[message.status])
                 self._forget(message.key)
 
+    def _refuse_unread(self, frame: bytes, error: Exception) -> None:
+        """Refuses the request that a message is about which cannot be read."""
+        logger.error("a message cannot be read: %s", error)
+        key = wire.key_of(frame, place=1)  # after the message's tag
+        if key is not None:
+            self._send(wire.Refused(key, f"the request cannot be read by the engine core: {error}"))
+
     def _add(self, message: wire.Add) -> None:
         try:
             request = message.request()
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             self._send(wire.Refused(message.key, str(error)))
             return
         if request.grammar is None:
@@ -130,7 +156,7 @@ class CoreProcess:
     def _queue(self, key: int, request: Request) -> None:
         try:
             self._core.add_request(request)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             self._send(wire.Refused(key, str(error)))
         else:
             self._requests[key] = request

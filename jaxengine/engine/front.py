@@ -102,7 +102,8 @@ class EngineFront:
         """Makes outputs of what a step gave, and ends in the core what a stop string has ended."""
         outputs, stopped = self._outputs.process(updates)
         for child_id, stop_string in stopped:
-            self._core.finish_request(child_id, RequestStatus.FINISHED_STOPPED, stop_string)
+            status = RequestStatus.FINISHED_ERROR if stop_string is None else RequestStatus.FINISHED_STOPPED
+            self._core.finish_request(child_id, status, stop_string)
         return outputs
 
     def abort(self, request_ids: Sequence[str]) -> list[RequestOutput]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class TokenLogprobs(NamedTuple):
@@ -56,10 +59,10 @@ class SampledUpdate(NamedTuple):
 
 
 class StopFound(NamedTuple):
-    """A request that a stop string ended: the caller must finish it in the scheduler."""
+    """A request that a stop string ended, or, with None, an error here: the caller must finish it in the scheduler."""
 
     request_id: str
-    stop_string: str
+    stop_string: str | None
 
 
 @dataclass(slots=True)
@@ -194,19 +197,31 @@ class OutputProcessor:
         now = self._clock()
         touched: dict[str, _Parent] = {}
         stopped: list[StopFound] = []
+        failed: list[RequestOutput] = []
         for update in updates:
             entry = self._by_child.get(update.request.request_id)
             if entry is None or entry[1].request is not update.request:
                 continue
             parent, completion = entry
-            stop_string = self._take(parent, completion, update, now)
+            try:
+                stop_string = self._take(parent, completion, update, now)
+            except Exception:  # whatever it is, it is this request's alone
+                touched.pop(parent.request_id, None)
+                failed.append(self._fail(parent, now, stopped))
+                continue
             if stop_string is not None and not update.finished:
                 stopped.append(StopFound(update.request.request_id, stop_string))
             is_due = parent.num_running == 0 or parent.params.output_kind is not RequestOutputKind.FINAL_ONLY
             if is_due and completion.has_news:
                 touched[parent.request_id] = parent
-        outputs = [output for parent in touched.values() if (output := self._output(parent, now)) is not None]
-        return outputs, stopped
+        outputs = []
+        for parent in touched.values():
+            try:
+                output = self._output(parent, now)
+            except Exception:
+                output = self._fail(parent, now, stopped)
+            outputs += [] if output is None else [output]
+        return outputs + failed, stopped
 
     def abort(self, request_id: str, *, reason: str = "abort") -> RequestOutput | None:
         """Ends a request, whose children the caller takes from the scheduler (see `child_ids`, to be read before).
@@ -227,6 +242,24 @@ class OutputProcessor:
                 completion.detokenizer.finish()
                 self._finish(parent, completion, reason, None)
         return self._output(parent, self._clock())
+
+    def _fail(self, parent: _Parent, now: float, stopped: list[StopFound]) -> RequestOutput:
+        """Ends a request because of the exception at hand: its last output has the tokens, and no more."""
+        logger.exception("request %s: its output cannot be made", parent.request_id)
+        stopped += [
+            StopFound(child.request.request_id, None) for child in parent.completions if child.finish_reason is None
+        ]
+        for completion in parent.completions:
+            if completion.finish_reason is None:
+                self._finish(parent, completion, "error", None)
+        self._parents.pop(parent.request_id, None)
+        parent.metrics.finished_time = now
+        outputs = [
+            CompletionOutput(c.index, "", list(c.token_ids), finish_reason=c.finish_reason, stop_reason=c.stop_reason)
+            for c in parent.completions
+        ]
+        ids = parent.prompt_token_ids
+        return RequestOutput(parent.request_id, parent.prompt_text, ids, None, outputs, True, parent.metrics)
 
     def _take(self, parent: _Parent, completion: _Completion, update: SampledUpdate, now: float) -> str | None:
         """Adds an update to a completion; returns the stop string that ended it, if one did."""

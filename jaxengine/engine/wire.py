@@ -92,9 +92,9 @@ class Shutdown(msgspec.Struct, tag=True, array_like=True):
 
 
 class Rows(msgspec.Struct, array_like=True):
-    """A `TokenLogprobs` as bytes."""
+    """A `TokenLogprobs` as bytes. Its shape goes with it: a prompt of one token has no rows."""
 
-    num_rows: int
+    shape: tuple[int, int]
     token_ids: bytes
     logprobs: bytes
     ranks: bytes
@@ -102,7 +102,7 @@ class Rows(msgspec.Struct, array_like=True):
     @classmethod
     def of(cls, values: TokenLogprobs) -> Rows:
         return cls(
-            len(values.ranks),
+            (len(values.ranks), values.token_ids.shape[1]),
             values.token_ids.astype(np.int32).tobytes(),
             values.logprobs.astype(np.float32).tobytes(),
             values.ranks.astype(np.int32).tobytes(),
@@ -110,8 +110,8 @@ class Rows(msgspec.Struct, array_like=True):
 
     def values(self) -> TokenLogprobs:
         return TokenLogprobs(
-            np.frombuffer(self.token_ids, np.int32).reshape(self.num_rows, -1),
-            np.frombuffer(self.logprobs, np.float32).reshape(self.num_rows, -1),
+            np.frombuffer(self.token_ids, np.int32).reshape(self.shape),
+            np.frombuffer(self.logprobs, np.float32).reshape(self.shape),
             np.frombuffer(self.ranks, np.int32),
         )
 
@@ -173,11 +173,12 @@ class Step(msgspec.Struct, tag=True, array_like=True):
     """Core to front: what a step gave.
 
     Attributes:
-        updates: One for each request that gained something.
+        updates: An `Update` for each request that gained something, each encoded by itself: one that cannot be read
+            costs its own request.
         metrics: The core's metrics after it.
     """
 
-    updates: list[Update]
+    updates: list[msgspec.Raw]
     metrics: list[Metric]
 
 
@@ -206,3 +207,21 @@ ToFront = Ready | Step | Refused | Failed
 encode = msgspec.msgpack.Encoder().encode
 decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
+decode_update = msgspec.msgpack.Decoder(Update).decode
+
+
+def key_of(data: bytes | msgspec.Raw, place: int) -> int | None:
+    """Finds the key of the request that a message is about, even if nothing else in it can be read.
+
+    Args:
+        data: An encoded array.
+        place: Where the key stands in it.
+
+    Returns:
+        The key; None if there is none.
+    """
+    try:
+        key = msgspec.msgpack.decode(data)[place]
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError):
+        return None
+    return key if isinstance(key, int) else None

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from jaxengine import LLM, AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams
+from jaxengine.engine import wire
 from jaxengine.engine.core_client import FEW_REQUESTS, EngineDeadError
+from jaxengine.engine.output_processor import OutputProcessor
 
 # Fewer pages than the longest request would take, so that the core has something to refuse.
 ENGINE: dict[str, Any] = {
@@ -48,6 +50,91 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def gauge(llm: AsyncLLM, name: str) -> float:
     return next(metric.value for metric in llm.get_metrics() if metric.name == f"jaxengine:{name}")
+
+
+def test_a_prompt_of_one_token_has_no_log_probabilities(llm, runner):
+    """Its only token follows nothing."""
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, ignore_eos=True)
+    output = runner.run(collect(llm, [5], params))[-1]
+    assert output.prompt_logprobs == [None]
+    assert len(output.outputs[0].token_ids) == 2
+
+
+async def beside_a_neighbour(llm: AsyncLLM, damage: Callable[[], None]) -> tuple[Any, list[RequestOutput]]:
+    """Runs a request "bad" while another one runs, with something damaged once both are on their way.
+
+    Returns:
+        The bad one's error or outputs, and the neighbour's outputs.
+    """
+    neighbour = asyncio.create_task(collect(llm, [9, 8], LONG.clone(), "good"))
+    await until(lambda: "good" in llm._front.request_ids)
+    bad = asyncio.create_task(collect(llm, [7, 7], LONG.clone(), "bad"))
+    await until(lambda: "bad" in llm._front.request_ids)
+    damage()
+    (result,) = await asyncio.gather(bad, return_exceptions=True)
+    llm.abort("good")
+    outputs = await neighbour
+    await until(lambda: gauge(llm, "num_requests_running") == 0)
+    assert gauge(llm, "kv_cache_usage_perc") == 0
+    llm.check_health()
+    return result, outputs
+
+
+def test_an_update_that_cannot_be_read_ends_its_own_request(llm, runner, monkeypatch):
+    apply = wire.Update.apply
+
+    def damaged(self, request):
+        if request.request_id == "bad":
+            raise OverflowError("too large")
+        return apply(self, request)
+
+    def damage() -> None:
+        monkeypatch.setattr(wire.Update, "apply", damaged)
+
+    result, outputs = runner.run(beside_a_neighbour(llm, damage))
+    assert isinstance(result, ValueError)
+    assert "too large" in str(result)
+    assert outputs[-1].finished
+
+
+def test_an_output_that_cannot_be_made_ends_its_own_request(llm, runner, monkeypatch):
+    take = OutputProcessor._take
+
+    def damaged(self, parent, *args):
+        if parent.request_id == "bad":
+            raise KeyError("a token")
+        return take(self, parent, *args)
+
+    def damage() -> None:
+        monkeypatch.setattr(OutputProcessor, "_take", damaged)
+
+    result, outputs = runner.run(beside_a_neighbour(llm, damage))
+    assert isinstance(result, list)
+    assert result[-1].finished
+    assert result[-1].outputs[0].finish_reason == "error"
+    assert outputs[-1].outputs[0].finish_reason == "abort"
+
+
+def test_a_message_that_the_core_cannot_read_ends_its_own_request(llm, runner, monkeypatch):
+    encode = wire.encode
+
+    def damaged(message):
+        if isinstance(message, wire.Add):
+            return encode(["Add", message.key, 5])
+        return encode(message)
+
+    async def run() -> None:
+        neighbour = asyncio.create_task(collect(llm, [9, 8], LONG.clone(), "good"))
+        await until(lambda: gauge(llm, "num_requests_running") == 1)
+        monkeypatch.setattr(wire, "encode", damaged)
+        with pytest.raises(ValueError, match="cannot be read"):
+            await collect(llm, [7, 7], LONG.clone(), "bad")
+        monkeypatch.undo()
+        llm.abort("good")
+        assert (await neighbour)[-1].finished
+
+    runner.run(run())
+    llm.check_health()
 
 
 def test_gives_what_llm_gives(llm, tiny, runner):
