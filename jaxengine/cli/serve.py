@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--request-timeout", type=float, metavar="SECONDS", help=text)
     text = "size of a request's body at most (default: %(default)s)"
     group.add_argument("--max-body-size", type=int, default=16 * 2**20, metavar="BYTES", help=text)
+    text = "how long the engine may be silent before /health says that it is not well (default: %(default)s)"
+    group.add_argument("--health-timeout", type=float, default=60.0, metavar="SECONDS", help=text)
     text = "what requests in flight get to finish after SIGTERM or Ctrl-C (default: %(default)s)"
     group.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=text)
     text = "answers of /v1/responses kept in memory, the oldest go first; 0 keeps none (default: %(default)s)"
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         max_queue=args.max_queue,
         request_timeout=args.request_timeout,
         max_body_size=args.max_body_size,
+        health_timeout=args.health_timeout,
         shutdown_timeout=args.shutdown_timeout,
         enable_auto_tool_choice=args.enable_auto_tool_choice,
         tool_call_parser=args.tool_call_parser,
@@ -116,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
             with AsyncLLM(EngineArgs(**given)) as llm:
                 status.clear()
                 level = args.uvicorn_log_level or ("info" if args.debug else "error")
-                return run_server(llm, settings, sock, uvicorn_log_level=level)
+                before = signal.SIG_IGN  # from here on the end is under way, or the server has its own handlers
+                return run_server(llm, settings, sock, uvicorn_log_level=level, ends_process=True)
     except EngineDeadError as error:
         print(f"jaxengine serve: error: {error}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxengine.engine.core_client import CoreClient, EngineDeadError
-from jaxengine.engine.front import EngineFront, eos_token_ids, load_tokenizer
+from jaxengine.engine.front import EngineFront, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine.output_processor import SampledUpdate
 from jaxengine.engine.request import Request
@@ -19,7 +19,8 @@ from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
-from jaxengine.structured.grammar import GrammarCompiler
+
+ASK_SECONDS = 1.0
 
 __all__ = ["AsyncLLM", "EngineDeadError", "RequestStream"]
 
@@ -109,14 +110,16 @@ class AsyncLLM:
             raise
         self.dead_error: EngineDeadError | None = None
         self.on_death: Callable[[EngineDeadError], None] | None = None
-        grammars = GrammarCompiler(lambda: self.tokenizer, self.limits.vocab_size, eos_token_ids(checkpoint))
-        self._front = EngineFront(self._client, args, checkpoint, self.tokenizer, self.limits, grammars)
+        self._front = EngineFront(self._client, args, checkpoint, self.tokenizer, self.limits)
         self.input_processor = self._front.input_processor
         self.stats = self._front.stats
         self._streams: dict[str, RequestStream] = {}
         self._receiver: asyncio.Task[None] | None = None
+        self._asker: asyncio.Task[None] | None = None
+        self._silence = 0.0
         # One thread: prompts are tokenised in turn, while outputs go on.
         self._tokenizing = ThreadPoolExecutor(1, "jaxengine-tokenize")
+        self._forms = ThreadPoolExecutor(1, "jaxengine-forms")
 
     def default_sampling_params(self) -> SamplingParams:
         """What requests without parameters use: the model's own defaults."""
@@ -128,7 +131,11 @@ class AsyncLLM:
         Can be called again.
         """
         if self._receiver is None:
-            self._receiver = asyncio.get_running_loop().create_task(self._receive())
+            loop = asyncio.get_running_loop()
+            self._receiver = loop.create_task(self._receive())
+            self._asker = loop.create_task(self._ask())
+            if self.tokenizer is not None:
+                self._front.workers.start()
 
     async def generate(
         self,
@@ -153,6 +160,7 @@ class AsyncLLM:
             ValueError: The prompt or its parameters are wrong.
             EngineDeadError: The engine core has ended.
         """
+        await self.look_at_form(sampling_params)
         process = self.input_processor.process_one
         processed = await self.in_tokenizer_thread(
             lambda: process(request_id, prompt, sampling_params, priority, arrival_time=time.time())
@@ -163,6 +171,33 @@ class AsyncLLM:
                 yield output
         finally:
             stream.close()
+
+    async def look_at_form(self, params: SamplingParams | None) -> None:
+        """Waits until a worker has looked at the form that outputs must have, which then holds up nobody else.
+
+        What is wrong with it is told by `input_processor`.
+
+        Raises:
+            WorkerError: No worker can look at it.
+        """
+        if params is None or params.structured_outputs is None or self.tokenizer is None:
+            return
+        begin, form = self._front.grammars.begin, params.structured_outputs
+        try:
+            looking = await asyncio.get_running_loop().run_in_executor(self._forms, begin, form)
+        except ValueError:
+            return
+        if looking is not None:
+            await asyncio.wait([asyncio.wrap_future(looking)])
+
+    async def run_job(self, **job: Any) -> Any:
+        """Has a worker process do a job, see `WorkerPool`.
+
+        Raises:
+            ValueError: What is wrong with it.
+            WorkerError: No worker can do it.
+        """
+        return await asyncio.wrap_future(self._front.workers.submit(**job))
 
     async def in_tokenizer_thread[R](self, function: Callable[[], R]) -> R:
         """Calls a function that may take long and uses the tokenizer, without holding up the event loop."""
@@ -209,6 +244,21 @@ class AsyncLLM:
         if self.dead_error is not None:
             raise EngineDeadError(str(self.dead_error)) from self.dead_error
 
+    def check_alive(self, max_silence: float) -> None:
+        """Checks that the core answers and that workers can be started, as of the last second.
+
+        Args:
+            max_silence: Seconds that the core may take to answer: a long step, or one that is compiled first.
+
+        Raises:
+            EngineDeadError: The engine core has ended, or does not answer.
+            WorkerError: There are no workers.
+        """
+        self.check_health()
+        self._front.workers.check()
+        if self._silence > max_silence:
+            raise EngineDeadError(f"the engine core has not answered for {self._silence:.0f} s")
+
     def get_metrics(self) -> list[Metric]:
         """Counters and gauges of the core, as of its latest step."""
         return self._client.metrics
@@ -216,10 +266,18 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """Ends everything; streams that are still read fail. Can be called again."""
         self._fail(EngineDeadError("the engine has been shut down"))
-        if self._receiver is not None:
-            self._receiver.cancel()
+        for task in (self._receiver, self._asker):
+            if task is not None:
+                task.cancel()
+        self._front.workers.close()
         self._client.close()
-        self._tokenizing.shutdown(wait=False)
+        for pool in (self._tokenizing, self._forms):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def kill(self) -> None:
+        """Ends the other processes at once, from any thread; this engine is of no use any more."""
+        self._front.workers.close()
+        self._client.kill()
 
     def __enter__(self) -> AsyncLLM:
         return self
@@ -241,6 +299,12 @@ class AsyncLLM:
                 stream.put(output)
                 if output.finished:
                     del self._streams[output.request_id]
+
+    async def _ask(self) -> None:
+        """Asks the core every second whether it is alive."""
+        while True:
+            self._silence = self._client.ask()
+            await asyncio.sleep(ASK_SECONDS)
 
     async def _receive(self) -> None:
         try:

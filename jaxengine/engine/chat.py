@@ -66,24 +66,10 @@ def render_chat(
     Raises:
         ValueError: No template; no messages; a message of a wrong form or role; the template refused them.
     """
-    reserved = [name for name in chat_template_kwargs or () if name in _RESERVED]
-    if reserved:
-        raise ValueError(f"chat_template_kwargs: {reserved[0]!r} is no variable of a template's own")
-    if add_generation_prompt and continue_final_message:
-        raise ValueError(
-            "add_generation_prompt=True begins a new message: it must be False with continue_final_message=True"
-        )
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model has no chat template: give chat_template (Jinja), or use generate with a prompt")
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
-    if not messages:
-        raise ValueError("messages must hold at least one message, got []")
-    known_roles = chat_template or str(tokenizer.chat_template)
-    _check_tools(tools, known_roles)
-    normal = [_normalize_message(i, message, known_roles) for i, message in enumerate(messages)]
-    if continue_final_message and not normal[-1].get("content"):
-        raise ValueError("continue_final_message=True needs a last message with content to go on with")
+    normal = _normalize_messages(messages, tools, chat_template or str(tokenizer.chat_template))
+    _check_options(normal, add_generation_prompt, continue_final_message, chat_template_kwargs)
     try:
         text = tokenizer.apply_chat_template(
             normal,
@@ -99,6 +85,58 @@ def render_chat(
         raise ValueError(f"the chat template refused the messages: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def template_job(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    chat_template: str,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Makes the job of a worker that renders a conversation with a template that nobody vouches for.
+
+    Args: as of `render_chat`.
+
+    Raises:
+        ValueError: No messages; a message of a wrong form or role.
+    """
+    normal = _normalize_messages(messages, tools, chat_template)
+    _check_options(normal, add_generation_prompt, continue_final_message, chat_template_kwargs)
+    options = {
+        "tools": None if not tools else list(tools),
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+    }
+    variables = dict(tokenizer.special_tokens_map) | dict(chat_template_kwargs or {})
+    return {"kind": "template", "template": chat_template, "messages": normal, "options": options | variables}
+
+
+def _check_options(
+    normal: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool, variables: Any
+) -> None:
+    reserved = [name for name in variables or () if name in _RESERVED]
+    if reserved:
+        raise ValueError(f"chat_template_kwargs: {reserved[0]!r} is no variable of a template's own")
+    if add_generation_prompt and continue_final_message:
+        raise ValueError(
+            "add_generation_prompt=True begins a new message: it must be False with continue_final_message=True"
+        )
+    if continue_final_message and not normal[-1].get("content"):
+        raise ValueError("continue_final_message=True needs a last message with content to go on with")
+
+
+def _normalize_messages(messages: Sequence[Message], tools: Any, template: str) -> list[dict[str, Any]]:
+    """Returns messages as templates want them; raises ValueError if they or the tools have another form."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
+    if not messages:
+        raise ValueError("messages must hold at least one message, got []")
+    _check_tools(tools, template)
+    return [_normalize_message(i, message, template) for i, message in enumerate(messages)]
 
 
 def _check_tools(tools: Any, template: str) -> None:

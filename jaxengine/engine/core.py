@@ -66,11 +66,16 @@ class EngineCore:
         """Queues a request.
 
         Raises:
-            ValueError: See `Scheduler.add_request`.
+            ValueError: See `Scheduler.add_request`; or its grammar is wrong.
         """
         if is_multiprocess():
             request.arrival_time = 0.0  # clocks differ: the order of adding breaks ties
-        self.scheduler.add_request(request)
+        self._matchers.begin(request)
+        try:
+            self.scheduler.add_request(request)
+        except BaseException:
+            self._matchers.forget(request)
+            raise
 
     def finish_request(
         self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None

@@ -9,13 +9,11 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -25,6 +23,7 @@ from jaxengine.config import ModelLimits
 from jaxengine.engine import wire
 from jaxengine.engine.output_processor import SampledUpdate
 from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.engine.socket_folder import SocketFolder
 from jaxengine.engine_args import EngineArgs
 from jaxengine.metrics import Metric
 
@@ -59,10 +58,11 @@ class CoreClient:
         self._keys: dict[str, int] = {}
         self._next_key = itertools.count()
         self._is_ready = self._closed = False
-        self._folder = tempfile.mkdtemp(prefix="jaxengine-")  # only this user may open it
+        self._asked: float | None = None  # when a ping was sent that has no answer yet
+        self._folder = SocketFolder()
         self._context = zmq.Context()
         self._outbox, self._inbox = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        addresses = {name: f"ipc://{Path(self._folder) / name}" for name in ("requests", "outputs")}
+        addresses = {name: f"ipc://{self._folder.path / name}" for name in ("requests", "outputs")}
         try:
             for socket, address in zip((self._outbox, self._inbox), addresses.values(), strict=True):
                 socket.set_hwm(0)
@@ -137,6 +137,9 @@ class CoreClient:
                     updates += self._updates(message, refuse)
                     if is_busy:
                         continue
+                if isinstance(message, wire.Ping):
+                    self._asked = None
+                    continue
                 take(updates)
                 updates = []
                 await asyncio.sleep(0)  # readers see what came of this message before the next is taken
@@ -148,11 +151,24 @@ class CoreClient:
                     return EngineDeadError(f"the engine core has failed: {message.message}")
             take(updates)
 
+    def ask(self) -> float:
+        """Asks the core whether it is alive, unless it has been asked; returns for how many seconds it has not said."""
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            self._send(wire.Ping())
+        return now - self._asked
+
     def _waiting_frames(self) -> Iterator[bytes]:
         """The messages that have come already, up to a number that does not hold up the event loop for long."""
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_MERGED):
                 yield self._inbox.recv(zmq.NOBLOCK)
+
+    def kill(self) -> None:
+        """Ends the process at once, and leaves nothing of it. May be called from any thread."""
+        self._process.kill()
+        self._folder.remove()
 
     def close(self) -> None:
         """Ends the process, by force if it takes too long. Can be called again."""
@@ -216,7 +232,7 @@ class CoreClient:
 
     def _free(self) -> None:
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 def _start_process(args: EngineArgs, addresses: dict[str, str]) -> subprocess.Popen[str]:
@@ -228,7 +244,7 @@ def _start_process(args: EngineArgs, addresses: dict[str, str]) -> subprocess.Po
     # The new interpreter must find what this one finds, however it came to.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxengine.engine.core_process"], stdin=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-P", "-m", "jaxengine.engine.core_process"], stdin=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps(given) + "\n")

@@ -23,6 +23,8 @@ from jaxengine.metrics import Metric, collect_metrics
 
 logger = logging.getLogger(__name__)
 
+NUM_COMPILERS = 2
+"""Threads that compile grammars: what one does may take seconds."""
 COMPILE_POLL_MS = 1
 """How often an idle core looks whether a grammar is compiled."""
 
@@ -48,7 +50,7 @@ class CoreProcess:
         checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         self._core = build_core(args, checkpoint, lambda: load_tokenizer(args, checkpoint))
         # The first grammar loads the tokenizer, and some take long themselves: steps go on meanwhile.
-        self._compiler = ThreadPoolExecutor(1, "jaxengine-grammar")
+        self._compiler = ThreadPoolExecutor(NUM_COMPILERS, "jaxengine-grammar")
         self._compiling: dict[int, tuple[Request, Future[Any]]] = {}
         self._inbox, self._outbox = requests, outputs
         self._requests: dict[int, Request] = {}
@@ -115,7 +117,9 @@ class CoreProcess:
                 continue
             if isinstance(message, wire.Shutdown):
                 return False
-            if isinstance(message, wire.Add):
+            if isinstance(message, wire.Ping):
+                self._send(message)
+            elif isinstance(message, wire.Add):
                 self._add(message)
             elif self._compiling.pop(message.key, None) is not None:
                 continue

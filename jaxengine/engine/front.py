@@ -18,7 +18,9 @@ from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import RequestStats
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.structured.grammar import GrammarCompiler
+from jaxengine.structured.grammar import tokenizer_setup
+from jaxengine.workers.grammars import GrammarChecker
+from jaxengine.workers.pool import WorkerPool
 
 
 class Core(Protocol):
@@ -43,6 +45,8 @@ class EngineFront:
         input_processor: Makes requests of prompts.
         default_params: Parameters of requests that bring none.
         stats: Times and ends of requests.
+        workers: Processes that look at what could do harm here.
+        grammars: Forms of outputs, looked at by them.
     """
 
     def __init__(
@@ -52,19 +56,21 @@ class EngineFront:
         checkpoint: Checkpoint,
         tokenizer: Any,
         limits: ModelLimits,
-        grammars: GrammarCompiler,
     ):
         self._core = core
         self.tokenizer = tokenizer
+        ends = eos_token_ids(checkpoint)
+        self.workers = WorkerPool(lambda: _worker_setup(tokenizer, limits.vocab_size, ends))
+        self.grammars = GrammarChecker(self.workers)
         self.default_params = default_sampling_params(args, checkpoint)
         self.input_processor = InputProcessor(
             tokenizer,
             vocab_size=limits.vocab_size,
             max_model_len=limits.max_model_len,
             max_logprobs=limits.max_logprobs,
-            eos_token_ids=eos_token_ids(checkpoint),
+            eos_token_ids=ends,
             default_params=self.default_params,
-            grammars=grammars,
+            grammars=self.grammars,
         )
         self.stats = RequestStats()
         self._outputs = OutputProcessor(tokenizer, stats=self.stats)
@@ -115,6 +121,14 @@ class EngineFront:
             output = self._outputs.abort(request_id)
             outputs += [] if output is None else [output]
         return outputs
+
+
+def _worker_setup(tokenizer: Any, vocab_size: int, eos_token_ids: list[int]) -> dict[str, Any]:
+    """What workers need to know of the model: see `Jobs`."""
+    try:
+        return {"tokens": tokenizer_setup(tokenizer, vocab_size, eos_token_ids)}
+    except ValueError as error:
+        return {"no_tokens": str(error)}
 
 
 def load_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Any:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxengine.engine.chat import normalize_conversations, render_chat
 from jaxengine.engine.request import Request
 from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
-from jaxengine.structured.grammar import GrammarCompiler, grammar_text
+from jaxengine.structured.grammar import Grammar
+from jaxengine.workers.grammars import GrammarChecker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +175,7 @@ class InputProcessor:
         default_params: SamplingParams | None = None,
         max_bad_words: int = MAX_BAD_WORDS,
         max_bad_word_len: int = MAX_BAD_WORD_LEN,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarChecker | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -214,6 +215,9 @@ class InputProcessor:
         ids = [request_ids(i) for i in range(num)] if callable(request_ids) else list(request_ids)
         if len(ids) != num:
             raise ValueError(f"request_ids must be as many as the prompts ({num}), got {len(ids)}")
+        for form in {id(p): p.structured_outputs for p in all_params if p is not None}.values():
+            if form is not None and self._grammars is not None:
+                _at("structured_outputs", self._grammars.begin, form)  # all at once, not one after the other
         results = []
         for i, prompt in enumerate(normal):
             where = f"prompts[{i}]" if num > 1 else "prompt"
@@ -359,15 +363,13 @@ class InputProcessor:
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r}: there is no tokenizer to make text to search in")
 
-    def _grammar(self, params: SamplingParams) -> str | None:
-        """The grammar of structured outputs, compiled once here so that a wrong one is told before anything runs."""
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of structured outputs, looked at once here so that a wrong one is told before anything runs."""
         if params.structured_outputs is None:
             return None
         if self._grammars is None:
             raise ValueError("structured_outputs: there is no tokenizer")
-        grammar = _at("structured_outputs", grammar_text, params.structured_outputs)
-        _at("structured_outputs", self._grammars.compile, grammar)
-        return grammar
+        return _at("structured_outputs", self._grammars.grammar, params.structured_outputs)
 
     def _check_in_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
         # min and max: prompts are long, and this is on the way to the first token.

@@ -55,9 +55,7 @@ class LLMEngine:
                 self.core.close()
                 raise
         self.config: EngineConfig = self.core.runner.config
-        self._front = EngineFront(
-            self.core, args, self.checkpoint, self.tokenizer, self.config.limits, self.core.grammars
-        )
+        self._front = EngineFront(self.core, args, self.checkpoint, self.tokenizer, self.config.limits)
         self.input_processor = self._front.input_processor
         self._num_requests = 0
         self._closed = False
@@ -180,6 +178,7 @@ class LLMEngine:
         if self._closed:
             return
         self._closed = True
+        self._front.workers.close()
         try:
             self.abort_request(self.unfinished_request_ids)
             self.core.drain()

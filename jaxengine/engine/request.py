@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxengine.sampling_params import SamplingParams
+    from jaxengine.structured.grammar import Grammar
 
 
 class RequestStatus(enum.Enum):
@@ -44,7 +45,7 @@ class Request:
         cache_salt: Requests share cached pages only with requests of the same salt.
         extra_keys: Whatever else changes the keys and values of the same tokens (LoRA id, image hashes). Mixed into the
             block hashes through `repr`, so it must be made of ints, strings and bytes.
-        grammar: What the output must match, see `grammar_text`; None for anything.
+        grammar: What the output must match, see `jaxengine.structured.grammar`; None for anything.
 
     The fields below them are written by the scheduler only, and the last three by the KV cache:
         num_computed_tokens: Tokens whose keys and values are computed by the steps scheduled so far.
@@ -73,7 +74,7 @@ class Request:
     arrival_time: float = 0.0
     cache_salt: str | None = None
     extra_keys: tuple = ()
-    grammar: str | None = None
+    grammar: Grammar | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -13,6 +13,7 @@ from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import Metric
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.structured.grammar import Grammar
 
 NOT_SENT = {
     *("n", "stop", "bad_words", "bad_words_token_ids", "max_tokens", "truncate_prompt_tokens"),
@@ -40,7 +41,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     priority: int
     arrival_time: float
     cache_salt: str | None
-    grammar: str | None
+    grammar: Grammar | None
 
     @classmethod
     def of(cls, key: int, request: Request) -> Add:
@@ -89,6 +90,10 @@ class Finish(msgspec.Struct, tag=True, array_like=True):
 
 class Shutdown(msgspec.Struct, tag=True, array_like=True):
     """Front to core: end the process."""
+
+
+class Ping(msgspec.Struct, tag=True, array_like=True):
+    """Front to core, and back between two steps: a core that steps and takes messages is alive."""
 
 
 class Rows(msgspec.Struct, array_like=True):
@@ -201,8 +206,8 @@ class Failed(msgspec.Struct, tag=True, array_like=True):
     is_users: bool = False
 
 
-ToCore = Add | Finish | Shutdown
-ToFront = Ready | Step | Refused | Failed
+ToCore = Add | Finish | Shutdown | Ping
+ToFront = Ready | Step | Refused | Failed | Ping
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_core = msgspec.msgpack.Decoder(ToCore).decode

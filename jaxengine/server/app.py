@@ -79,7 +79,7 @@ def _add_probes(app: FastAPI, server: ServerState) -> None:
     @app.get("/ping")
     @app.post("/ping")
     async def health(request: Request) -> Response:
-        server.llm.check_health()
+        server.llm.check_alive(server.settings.health_timeout)
         return Response()
 
     @app.get("/version")

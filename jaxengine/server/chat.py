@@ -35,17 +35,18 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     call_id, request_id = call_ids(request, "chatcmpl")
     call = _Call(call_id, body, model, server, use)
 
+    shown = [tool.shown() for tool in use.tools]
+    chat = server.chat_text(lambda: body.messages, tools=shown, **body.template_options())
+
     def process() -> list[ProcessedInput]:
-        shown = [tool.shown() for tool in use.tools]
-        text = server.render_chat(body.messages, tools=shown, **body.template_options())
-        prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
+        prompt = Prompt(text=chat.text(), cache_salt=body.cache_salt, add_special_tokens=False)
         with form_from("tools" if use.form else body.form_field):
             process_one = llm.input_processor.process_one
             return [process_one(request_id, prompt, params, body.priority, arrival_time=time.time())]
 
     if body.stream:
-        return await generate(request, params.n, process, events=call.events)
-    return await generate(request, params.n, process, answer=call.answer)
+        return await generate(request, params.n, process, params, chat, events=call.events)
+    return await generate(request, params.n, process, params, chat, answer=call.answer)
 
 
 class _Call:

@@ -42,8 +42,8 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
 
     num_completions = len(prompts) * params.n
     if body.stream:
-        return await generate(request, num_completions, process, events=call.events)
-    return await generate(request, num_completions, process, answer=call.answer)
+        return await generate(request, num_completions, process, params, events=call.events)
+    return await generate(request, num_completions, process, params, answer=call.answer)
 
 
 class _Call:

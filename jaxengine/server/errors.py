@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from jaxengine.engine.async_llm import EngineDeadError
+from jaxengine.workers.pool import WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def as_api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, EngineDeadError):
         return APIError(503, str(error), code="engine_dead")
+    if isinstance(error, WorkerError):
+        return APIError(503, str(error), code="overloaded", headers={"Retry-After": "1"})
     if isinstance(error, TimeoutError):
         return APIError(504, "the request has taken longer than the server allows", code="timeout")
     if isinstance(error, ValueError):
@@ -92,7 +95,7 @@ def add_error_handlers(app: FastAPI) -> None:
     def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED)
 
-    for kind in (APIError, EngineDeadError, TimeoutError, ValueError, Exception):
+    for kind in (APIError, EngineDeadError, WorkerError, TimeoutError, ValueError, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(RequestValidationError, handle_validation)
     app.add_exception_handler(StarletteHTTPException, handle_http)

@@ -18,8 +18,9 @@ from starlette.types import Message, Receive, Scope, Send
 from jaxengine.engine.async_llm import EngineDeadError, RequestStream
 from jaxengine.engine.inputs import ProcessedInput
 from jaxengine.outputs import Logprob, RequestOutput
+from jaxengine.sampling_params import SamplingParams
 from jaxengine.server.errors import APIError, ClientDisconnected, as_api_error
-from jaxengine.server.state import ServerState
+from jaxengine.server.state import ChatText, ServerState
 
 MIN_LOGPROB = -9999.0
 """What JSON, which has no infinity, is told of a token that is impossible."""
@@ -32,6 +33,8 @@ async def generate(
     request: Request,
     num_completions: int,
     process: Callable[[], list[ProcessedInput]],
+    params: SamplingParams,
+    chat: ChatText | None = None,
     answer: Answer | None = None,
     events: Events | None = None,
 ) -> Response:
@@ -41,6 +44,8 @@ async def generate(
         request: The call. If its client leaves, its requests end at once.
         num_completions: Completions that it asks for.
         process: Tokenises and checks its prompts.
+        params: What they are sampled with.
+        chat: The text of a conversation, for `process`.
         answer: Makes the whole answer of the outputs; or
         events: makes the events of a stream of them.
 
@@ -56,6 +61,9 @@ async def generate(
     with ExitStack() as resources:
         resources.enter_context(server.admit(num_completions))
         async with asyncio.timeout_at(deadline):
+            if chat is not None:
+                await chat.prepare()
+            await server.llm.look_at_form(params)
             processed = await server.llm.in_tokenizer_thread(process)
             outputs = server.llm.submit(processed)
             resources.callback(outputs.close)

@@ -54,21 +54,22 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     call = _Call(body, model, server, params, earlier, use)
     call.check()
 
+    chat = server.chat_text(
+        lambda: chat_messages(body.instructions, [*ITEMS.validate_python(earlier), *body.input]),
+        tools=[tool.shown() for tool in use.tools],
+        chat_template=body.chat_template,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+
     def process() -> list[ProcessedInput]:
-        text = server.render_chat(
-            chat_messages(body.instructions, [*ITEMS.validate_python(earlier), *body.input]),
-            tools=[tool.shown() for tool in use.tools],
-            chat_template=body.chat_template,
-            chat_template_kwargs=body.chat_template_kwargs,
-        )
-        prompt = Prompt(text=text, cache_salt=body.cache_salt, add_special_tokens=False)
+        prompt = Prompt(text=chat.text(), cache_salt=body.cache_salt, add_special_tokens=False)
         with form_from("tools" if use.form else body.form_field):
             process_one = llm.input_processor.process_one
             return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
 
     if body.stream:
-        return await generate(request, 1, process, events=call.events)
-    return await generate(request, 1, process, answer=call.answer)
+        return await generate(request, 1, process, params, chat, events=call.events)
+    return await generate(request, 1, process, params, chat, answer=call.answer)
 
 
 @router.get("/v1/responses/{response_id}")

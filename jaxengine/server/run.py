@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import uvicorn
@@ -49,7 +52,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run_server(
-    llm: AsyncLLM, settings: ServerSettings, sock: socket.socket, *, uvicorn_log_level: str = "error"
+    llm: AsyncLLM,
+    settings: ServerSettings,
+    sock: socket.socket,
+    *,
+    uvicorn_log_level: str = "error",
+    ends_process: bool = False,
 ) -> int:
     """Serves until it is told to end.
 
@@ -58,6 +66,7 @@ def run_server(
 
     Args:
         uvicorn_log_level: Of the HTTP server; from "info" on it logs every call.
+        ends_process: End the whole process if something that cannot be interrupted outlasts the shutdown.
 
     Returns:
         The exit code: 0, or 1 if the engine has died.
@@ -77,7 +86,7 @@ def run_server(
     )
     try:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            return runner.run(_serve(_Server(config), llm, settings, sock))
+            return runner.run(_serve(_Server(config), llm, settings, sock, ends_process))
     finally:
         if tracer is not None:
             tracer.close()
@@ -89,13 +98,18 @@ class _Server(uvicorn.Server):
         yield  # `_serve` has its own
 
 
-async def _serve(server: _Server, llm: AsyncLLM, settings: ServerSettings, sock: socket.socket) -> int:
+async def _serve(
+    server: _Server, llm: AsyncLLM, settings: ServerSettings, sock: socket.socket, ends_process: bool
+) -> int:
     loop = asyncio.get_running_loop()
 
     def end() -> None:
         if server.should_exit:
             server.force_exit = True
             llm.abort_all()
+        if ends_process and not server.should_exit:
+            seconds = settings.shutdown_timeout + CUT_SECONDS + 1
+            threading.Thread(target=_end_process, args=(llm, seconds), daemon=True).start()
         server.should_exit = True
         loop.call_later(settings.shutdown_timeout, llm.abort_all)
 
@@ -103,8 +117,12 @@ async def _serve(server: _Server, llm: AsyncLLM, settings: ServerSettings, sock:
         logger.error("%s; the server ends", error)
         loop.call_later(DEATH_NOTICE_SECONDS, end)
 
+    def ask_to_end(*_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the end is under way
+            loop.call_soon_threadsafe(end)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(end))
+        signal.signal(number, ask_to_end)
     llm.on_death = die
     llm.start()
     host, port = sock.getsockname()[:2]
@@ -112,6 +130,14 @@ async def _serve(server: _Server, llm: AsyncLLM, settings: ServerSettings, sock:
     names = ", ".join(settings.served_model_names)
     await _listen(server, sock, f"serving {names} on http://{shown}:{port}")
     return 0 if llm.dead_error is None else 1
+
+
+def _end_process(llm: AsyncLLM, seconds: float) -> None:
+    """Ends the process after so many seconds, if it has not ended by itself."""
+    time.sleep(seconds)
+    logger.error("ended by force: something has outlasted the shutdown")
+    llm.kill()
+    os._exit(0 if llm.dead_error is None else 1)
 
 
 async def _listen(server: _Server, sock: socket.socket, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from jaxengine.engine.async_llm import AsyncLLM
-from jaxengine.engine.chat import render_chat
+from jaxengine.engine.chat import render_chat, template_job
 from jaxengine.engine.inputs import ProcessedInput
 from jaxengine.server.errors import APIError
 from jaxengine.server.observe import Observer
@@ -33,6 +33,7 @@ class ServerSettings:
         max_queue: Completions that may wait for a place among those that run.
         request_timeout: Seconds a request may take; None: as long as it takes.
         max_body_size: Bytes of a request's body at most.
+        health_timeout: Seconds that the engine may be silent before `/health` says that it is not well.
         shutdown_timeout: Seconds that requests in flight get to finish once the server is told to end.
         enable_auto_tool_choice: Let the model call tools; needs `tool_call_parser`.
         tool_call_parser: How the model writes calls: a name of `TOOL_PARSERS`.
@@ -53,6 +54,7 @@ class ServerSettings:
     max_queue: int = 1024
     request_timeout: float | None = None
     max_body_size: int = 16 * 2**20
+    health_timeout: float = 60.0
     shutdown_timeout: float = 30.0
     enable_auto_tool_choice: bool = False
     tool_call_parser: str | None = None
@@ -76,6 +78,8 @@ class ServerSettings:
             raise ValueError(f"request_timeout={self.request_timeout}: must be above 0")
         if self.max_body_size < 1:
             raise ValueError(f"max_body_size={self.max_body_size}: must be at least 1")
+        if not self.health_timeout > 0:
+            raise ValueError(f"health_timeout={self.health_timeout}: must be above 0")
         if not self.shutdown_timeout >= 0:
             raise ValueError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0")
         if self.response_store_size < 0:
@@ -90,6 +94,48 @@ class ServerSettings:
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             accepted = "an http:// or https:// URL, as http://localhost:4318/v1/traces"
             raise ValueError(f"otlp_traces_endpoint={endpoint!r}: expected {accepted} (OTLP over HTTP)")
+
+
+class ChatText:
+    """The text of a conversation, which is there after `prepare`, or made when it is asked for."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        render: Callable[[], str] | None = None,
+        make_job: Callable[[], dict[str, Any]] | None = None,
+    ):
+        """Takes one of two ways to make the text.
+
+        Args:
+            llm: Has a thread and worker processes for it.
+            render: Renders a template that is trusted.
+            make_job: Gives the job of a worker that renders one that is not.
+        """
+        self._llm, self._render, self._make_job = llm, render, make_job
+        self._text = ""
+
+    async def prepare(self) -> None:
+        """Has a worker render the text, if the template is not trusted.
+
+        Raises:
+            ValueError: The messages or the template are wrong.
+        """
+        if self._make_job is None:
+            return
+        job = await self._llm.in_tokenizer_thread(self._make_job)
+        try:
+            self._text = await self._llm.run_job(**job)
+        except ValueError as error:
+            raise ValueError(f"chat_template: {error}") from error
+
+    def text(self) -> str:
+        """Gives the text, to be called in the tokenizer's thread.
+
+        Raises:
+            ValueError: The messages or the template are wrong.
+        """
+        return self._text if self._render is None else self._render()
 
 
 class ServerState:
@@ -149,25 +195,34 @@ class ServerState:
             raise APIError(400, "this server has no tokenizer (skip_tokenizer_init)")
         return self.llm.tokenizer
 
-    def render_chat(
+    def chat_text(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        get_messages: Callable[[], Sequence[Mapping[str, Any]]],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template: str | None = None,
         **options: Any,
-    ) -> str:
-        """Renders a conversation with the request's template, the server's or the model's. See `render_chat`.
+    ) -> ChatText:
+        """The text of a conversation, with the request's template, the server's or the model's.
+
+        Args:
+            get_messages: Gives the messages, in the tokenizer's thread.
+            tools, chat_template, options: See `render_chat`.
 
         Raises:
             APIError: The request brings a template and the server does not trust it.
-            ValueError: The messages or the template are wrong.
         """
         if chat_template is not None and not self.settings.trust_request_chat_template:
             message = "chat_template: this server was started without --trust-request-chat-template"
             raise APIError(400, message, param="chat_template", code="unsupported_field")
-        template = chat_template or self.settings.chat_template
-        return render_chat(self.tokenizer, messages, tools=tools, chat_template=template, **options)
+        tokenizer = self.tokenizer
+        if chat_template is None:
+            own = self.settings.chat_template
+            return ChatText(
+                self.llm, lambda: render_chat(tokenizer, get_messages(), tools=tools, chat_template=own, **options)
+            )
+        options |= {"tools": tools, "chat_template": chat_template}
+        return ChatText(self.llm, make_job=lambda: template_job(tokenizer, get_messages(), **options))
 
     def text_options(self, use: ToolUse) -> dict[str, Any]:
         """Sampling parameters for text that is parsed: in many models what marks calls and reasoning is special."""

@@ -22,11 +22,14 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise APIError(400, "prompt: either prompt or messages must be given", param="prompt")
 
+    messages, chat = body.messages, None
+    if messages is not None:
+        tools = [tool.shown() for tool in body.tools]
+        chat = server.chat_text(lambda: messages, tools=tools, **body.template_options())
+        await chat.prepare()
+
     def encode() -> list[int]:
-        text, add_special_tokens = body.prompt or "", True
-        if body.messages is not None:
-            tools = [tool.shown() for tool in body.tools]
-            text, add_special_tokens = server.render_chat(body.messages, tools=tools, **body.template_options()), False
+        text, add_special_tokens = (body.prompt or "", True) if chat is None else (chat.text(), False)
         if body.add_special_tokens is not None:
             add_special_tokens = body.add_special_tokens
         return server.llm.input_processor.tokenize(text, add_special_tokens=add_special_tokens)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from jaxengine.sampling_params import StructuredOutputsParams
+from jaxengine.structured.cache import SizedCache
 from jaxengine.structured.json_schema import close, enforce_formats
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 NUM_COMPILED = 64
-"""Compiled grammars kept, those used last."""
+COMPILED_BYTES = 256 * 2**20
+"""Compiled grammars kept, those used last, and the memory that they may take."""
 WHITESPACE = r"[ \t]{1,64}|\r?\n[ \t]{0,64}"
 """Between the parts of JSON: enough to indent it, and no more, or a model can write newlines for ever."""
 
@@ -45,62 +47,100 @@ def grammar_text(params: StructuredOutputsParams) -> str:
     return grammar_from("grammar", params.grammar)
 
 
+class Grammar(NamedTuple):
+    """A grammar that is known to be right.
+
+    Attributes:
+        text: In llguidance's own form.
+        num_bytes: Memory that it takes when it is compiled.
+    """
+
+    text: str
+    num_bytes: int
+
+
 class GrammarCompiler:
     """Makes matchers of grammars for one model's tokens. Its methods may be called from several threads."""
 
-    def __init__(self, get_tokenizer: Callable[[], Any], vocab_size: int, eos_token_ids: Iterable[int]):
-        """Nothing is loaded before the first grammar.
-
-        Args:
-            get_tokenizer: Gives the model's tokenizer, or None.
-            vocab_size: Columns of the logits; those that no token belongs to are never allowed.
-            eos_token_ids: Allowed where the output may end.
-        """
-        self._get_tokenizer = get_tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = list(eos_token_ids)
-        self.compile = functools.lru_cache(NUM_COMPILED)(self._compile)
+    def __init__(self, get_setup: Callable[[], TokenizerSetup]):
+        """Args: get_setup: Gives the tokens when a first grammar needs them, see `tokenizer_setup`."""
+        self._get_setup = get_setup
+        self._compiled: SizedCache[LLMatcher] = SizedCache(COMPILED_BYTES, NUM_COMPILED)
 
     @functools.cached_property
     def tokenizer(self) -> LLTokenizer:
         """The model's tokens as llguidance knows them.
 
         Raises:
-            ValueError: The model has none, or ones that only Python code knows, or no token that ends an output.
+            ValueError: See `tokenizer_setup`.
         """
         from llguidance import LLTokenizer
-        from tokenizers import Tokenizer
 
-        tokenizer = self._get_tokenizer()
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            what = "there is none" if tokenizer is None else f"this one is a {type(tokenizer).__name__}"
-            raise ValueError(f"a tokenizer of the tokenizers library is needed: {what}")
-        eos_token_ids = self._eos_token_ids or [tokenizer.eos_token_id]
-        if eos_token_ids == [None]:
-            raise ValueError("a token that ends the output is needed, and the model names none")
-        num_tokens = max(self._vocab_size, backend.get_vocab_size(with_added_tokens=True))
-        return LLTokenizer(_plain(backend).to_str(), n_vocab=num_tokens, eos_token=eos_token_ids)
+        setup = self._get_setup()
+        return LLTokenizer(setup["tokenizer"], n_vocab=setup["num_tokens"], eos_token=setup["eos_token_ids"])
 
-    def matcher(self, grammar: str) -> LLMatcher:
+    def matcher(self, grammar: Grammar) -> LLMatcher:
         """A new matcher of an output that has not begun.
-
-        Args:
-            grammar: See `grammar_text`.
 
         Raises:
             ValueError: The grammar is wrong, and why.
         """
         return self.compile(grammar).deep_copy()
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def compile(self, grammar: Grammar) -> LLMatcher:
         """What `matcher` copies; kept for the next request with this grammar."""
+        compiled = self._compiled.get(grammar.text)
+        if compiled is None:
+            compiled = self.compile_anew(grammar.text)
+            self._compiled.put(grammar.text, compiled, grammar.num_bytes)
+        return compiled
+
+    def compile_anew(self, text: str) -> LLMatcher:
+        """Compiles a grammar (see `grammar_text`) and keeps nothing of it.
+
+        Raises:
+            ValueError: The grammar is wrong, and why.
+        """
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self.tokenizer, text, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return matcher
+
+
+class TokenizerSetup(TypedDict):
+    """What a `GrammarCompiler` needs to know of a model's tokens; it can be sent as JSON.
+
+    Attributes:
+        tokenizer: Of the tokenizers library, as JSON.
+        num_tokens: Columns of the logits, or tokens if there are more; a column that no token belongs to is never
+            allowed.
+        eos_token_ids: Allowed where the output may end.
+    """
+
+    tokenizer: str
+    num_tokens: int
+    eos_token_ids: list[int]
+
+
+def tokenizer_setup(tokenizer: Any, vocab_size: int, eos_token_ids: Iterable[int]) -> TokenizerSetup:
+    """Takes from a tokenizer what grammars need.
+
+    Raises:
+        ValueError: The model has none, or one that only Python code knows, or no token that ends an output.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        what = "there is none" if tokenizer is None else f"this one is a {type(tokenizer).__name__}"
+        raise ValueError(f"a tokenizer of the tokenizers library is needed: {what}")
+    ids = list(eos_token_ids) or [tokenizer.eos_token_id]
+    if ids == [None]:
+        raise ValueError("a token that ends the output is needed, and the model names none")
+    num_tokens = max(vocab_size, backend.get_vocab_size(with_added_tokens=True))
+    return {"tokenizer": _plain(backend).to_str(), "num_tokens": num_tokens, "eos_token_ids": ids}
 
 
 def _plain(backend: Any) -> Any:

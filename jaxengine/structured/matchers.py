@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +14,12 @@ from jaxengine.structured.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+
+STEP_SECONDS = 0.3
+"""CPU time that the grammars of one step may take: all others wait for it."""
+EASY_SECONDS = 0.002
+"""A mask that takes so long is not to blame for a step that takes longer."""
 
 
 class TokenMasks(NamedTuple):
@@ -34,6 +41,11 @@ class Matchers:
     def __init__(self, compiler: GrammarCompiler):
         self._compiler = compiler
         self._matchers: dict[Request, LLMatcher] = {}
+
+    def begin(self, request: Request) -> None:
+        """Makes the matcher of a request that has been queued, if it has a grammar."""
+        if request.grammar is not None:
+            self._matchers[request] = self._compiler.matcher(request.grammar)
 
     def advance(self, request: Request, token_ids: Sequence[int]) -> bool:
         """Takes tokens that a request has gained; False if its grammar does not allow them."""
@@ -64,21 +76,21 @@ class Matchers:
             if sequence.samples and sequence.request.grammar is not None and not sequence.request.status.is_finished
         ]
         failed: dict[Request, str] = {}
+        left = STEP_SECONDS
         for row, request in rows:
-            matcher = self._matcher(request)
+            matcher = self._matchers[request]
             # One by one: handing some 10 us of work to llguidance's threads takes longer than to do it.
+            started = time.thread_time()
             fill_next_token_bitmask(matcher, bitmask, row)
-            if matcher.is_error():
+            taken = time.thread_time() - started
+            left -= taken
+            if left < 0 and taken > EASY_SECONDS:
+                failed[request] = "the grammar takes too long to say which tokens may come next"
+            elif matcher.is_error():
                 failed[request] = matcher.get_error()
             elif matcher.is_accepting():
                 is_complete[row] = not _allow_stops(bitmask[row], request, self._compiler.tokenizer.eos_tokens)
         return TokenMasks(bitmask, is_complete), failed
-
-    def _matcher(self, request: Request) -> LLMatcher:
-        if request not in self._matchers:
-            assert request.grammar is not None
-            self._matchers[request] = self._compiler.matcher(request.grammar)
-        return self._matchers[request]
 
 
 def _allow_stops(words: np.ndarray, request: Request, eos_token_ids: Sequence[int]) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.sampling_params import StructuredOutputsParams
-from jaxengine.structured.grammar import GrammarCompiler, grammar_text
+from jaxengine.structured.grammar import GrammarCompiler, grammar_text, tokenizer_setup
 from jaxengine.structured.json_schema import close, enforce_formats, relocate, rewrite
 
 A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -23,17 +24,17 @@ SUITE = Path(__file__).parent / "data" / "json_schema_suite.json.gz"
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
     tokenizer = resolve_model(None).tokenizer()
-    return GrammarCompiler(lambda: tokenizer, 49152, [2, 0])
+    return GrammarCompiler(lambda: tokenizer_setup(tokenizer, 49152, [2, 0]))
 
 
 def accepts(compiler: GrammarCompiler, texts: list[str], schema: Any, **options: Any) -> list[bool]:
     """Which texts a schema takes."""
     params = StructuredOutputsParams(json=json.dumps(schema), **options)
-    first = compiler.matcher(grammar_text(params))
-    tokenizer = compiler._get_tokenizer()
+    first = compiler.compile_anew(grammar_text(params))
+    tokenizer = Tokenizer.from_str(compiler._get_setup()["tokenizer"])
     taken = []
     for text in texts:
-        matcher, ids = first.deep_copy(), tokenizer.encode(text, add_special_tokens=False)
+        matcher, ids = first.deep_copy(), tokenizer.encode(text, add_special_tokens=False).ids
         taken.append(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
     return taken
 

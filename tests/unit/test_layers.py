@@ -15,7 +15,7 @@ LINKED = ("models", "pallas_kernels", "sharding")
 PLAIN = {"config", "sampling_params", "outputs", "__init__"}
 MODELS = {"models", "pallas_kernels", "sharding"}
 RUNNER = {"structured", "runner", "sampling", "scheduler", *MODELS}
-ENGINE = {"engine", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
+ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
 ALLOWED = {
     "__init__": {"engine_args", "llm"},
     "config": set(),
@@ -29,6 +29,7 @@ ALLOWED = {
     "kv_cache": set(),
     "scheduler": {"kv_cache"},
     "structured": {"scheduler"},
+    "workers": {"loading", "structured"},
     "loading": MODELS,
     "runner": RUNNER,
     "engine_args": {"loading", "models", "pallas_kernels", "runner"},
