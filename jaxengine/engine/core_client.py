@@ -34,6 +34,7 @@ FEW_REQUESTS = 8
 """Below so many requests the front is faster than any core, and readers get each step's tokens by themselves."""
 MAX_MERGED = 64
 """Messages of the core that are taken at once, beside the one that was waited for."""
+SILENT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 10.0
 """What a core gets to end by itself."""
 
@@ -178,8 +179,9 @@ class CoreClient:
         self._closed = True
         if self._process.poll() is None:
             try:
-                # One that still loads its model would not look at messages for long.
-                self._process.wait(SHUTDOWN_SECONDS if self._is_ready else 0)
+                # One that still loads its model, or is stuck, would not look at messages for long.
+                is_silent = self._asked is not None and time.monotonic() - self._asked > SILENT_SECONDS
+                self._process.wait(SHUTDOWN_SECONDS if self._is_ready and not is_silent else 0)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

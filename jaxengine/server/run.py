@@ -134,10 +134,11 @@ async def _serve(
 
 def _end_process(llm: AsyncLLM, seconds: float) -> None:
     """Ends the process after so many seconds, if it has not ended by itself."""
+    code = 0 if llm.dead_error is None else 1
     time.sleep(seconds)
     logger.error("ended by force: something has outlasted the shutdown")
     llm.kill()
-    os._exit(0 if llm.dead_error is None else 1)
+    os._exit(code)
 
 
 async def _listen(server: _Server, sock: socket.socket, message: str) -> None:
