@@ -15,6 +15,8 @@ MAX_MEMBERS = 100_000
 """Members of objects in all."""
 MAX_VALUES = 2**21
 """Values in all: prompts are sent as token ids too."""
+_NUM_SAFE = MAX_DEPTH
+"""So many lists and objects, and a hundred times as many commas, are within all bounds."""
 _PIECE = 2**18
 """Bytes that are looked at together: NumPy lets other threads run meanwhile."""
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
@@ -26,7 +28,7 @@ def check_shape(data: bytes) -> None:
     Raises:
         ValueError: It is beyond one of them.
     """
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH and data.count(b",") <= MAX_MEMBERS:
+    if data.count(b"[") + data.count(b"{") <= _NUM_SAFE and data.count(b",") <= 100 * _NUM_SAFE:
         return  # whatever of it is within strings
     depth = num_containers = num_members = num_values = 0
     in_string = escaped = False

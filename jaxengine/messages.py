@@ -30,7 +30,9 @@ def quote(value: Any) -> str:
 
     Line ends, control characters and halves of surrogate pairs are escaped, so the text fits on a line of a log.
     """
-    return shorten(_QUOTER.repr(value), MAX_QUOTED)
+    text = shorten(_QUOTER.repr(value), MAX_QUOTED)
+    # Objects may write themselves as they like, in several lines too.
+    return text if text.isprintable() else shorten(text.encode("unicode_escape").decode(), MAX_QUOTED)
 
 
 def shorten(text: str, max_length: int = MAX_MESSAGE) -> str:
