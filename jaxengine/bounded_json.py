@@ -43,7 +43,7 @@ def check_shape(data: bytes) -> None:
         num_members += int(np.count_nonzero((piece == ord(":")) & outside))
         num_values += int(np.count_nonzero((piece == ord(",")) & outside))
         for what, number, bound in (
-            ("nested more than {} deep", int(depths.max()), MAX_DEPTH),
+            ("lists and objects nested more than {} deep", int(depths.max()), MAX_DEPTH),
             ("more than {} lists and objects", num_containers, MAX_CONTAINERS),
             ("more than {} members of objects", num_members, MAX_MEMBERS),
             ("more than {} values", num_values, MAX_VALUES),
