@@ -9,7 +9,7 @@ import numpy as np
 
 MAX_DEPTH = 128
 """Lists and objects within each other. What works on them recursively is far from its own limit then."""
-MAX_CONTAINERS = 50_000
+MAX_CONTAINERS = 30_000
 """Lists and objects in all. Each costs some hundred bytes and a microsecond, an empty one two bytes to send."""
 MAX_MEMBERS = 100_000
 """Members of objects in all."""

@@ -240,7 +240,7 @@ class SamplingBody(Body):
             APIError: A forced call and another form are both asked for, or stop strings are too long.
             ValueError: A value is out of range.
         """
-        num_characters = sum(map(len, self.stop or ()))
+        num_characters = len(self.stop) if isinstance(self.stop, str) else sum(map(len, self.stop or ()))
         if num_characters > bounds.MAX_STOP_CHARACTERS:
             accepted = f"at most {bounds.MAX_STOP_CHARACTERS} characters together"
             raise APIError(400, f"stop: strings of {accepted} are accepted, got {num_characters}", param="stop")
