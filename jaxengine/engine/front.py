@@ -26,8 +26,8 @@ from jaxengine.workers.pool import WorkerPool
 class Core(Protocol):
     """What runs requests: an `EngineCore`, or a client of one in another process."""
 
-    def add_request(self, request: Request) -> None:
-        """Queues a request; raises ValueError if it cannot run."""
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        """Queues the completions of a request; raises ValueError if one cannot run."""
         ...
 
     def finish_request(
@@ -98,8 +98,7 @@ class EngineFront:
             processed.params,
         )
         try:
-            for child in processed.children:
-                self._core.add_request(child)
+            self._core.add_requests(processed.children)
         except BaseException:
             self.abort([processed.request_id])
             raise
