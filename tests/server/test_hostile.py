@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.server.hostile.send import all_attacks
-from tests.server.hostile.table import Attack
+from tests.server.hostile.table import BODY_LIMIT, Attack
 from tests.server.hostile.watch import (
     GAP_SECONDS,
     HEALTH_SECONDS,
@@ -152,6 +152,10 @@ def probe_faults(server: HostileServer) -> list[str]:
 def test_there_are_enough():
     assert len(ATTACKS) >= 250
     assert len({attack.id for attack in ATTACKS}) == len(ATTACKS)
+    assert set(AT_WORK) <= {attack.id for attack in ATTACKS}
+    for attack in ATTACKS:
+        if attack.make is not None:  # what is larger is refused before it is read
+            assert len(attack.make().body) <= BODY_LIMIT, attack.id
 
 
 def test_the_machine_is_quiet_enough(figures):

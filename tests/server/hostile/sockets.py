@@ -108,6 +108,24 @@ def held(number: int, *parts: str, drip: bytes = b"", seconds: float = HELD_SECO
     return act
 
 
+def silent(*parts: str, drip: bytes = b"") -> Callable[[Target], int | str]:
+    """Sends a beginning, then nothing or a byte now and then; the server must not wait for ever."""
+
+    def act(target: Target) -> int | str:
+        with _connect(target) as sock:
+            sock.settimeout(0.5)
+            _send(sock, iter(["".join(parts).replace("KEY", _key(target)).encode()]))
+            end = time.monotonic() + target.timeout
+            while time.monotonic() < end:
+                status = _answer(sock)
+                if status != "no answer":
+                    return status
+                _send(sock, iter([drip]))
+            return "no answer"
+
+    return act
+
+
 def slow_reader(fields: dict[str, Any], number: int) -> Callable[[Target], int | str]:
     """Asks for long answers and reads nothing of them."""
     data = body(fields)
@@ -238,8 +256,20 @@ HELD = {
     "unread_answers_30": slow_reader({"prompt": ["Hi"] * 100, "max_tokens": 1, "logprobs": 20}, 30),
 }
 
+SILENT = {
+    "nothing_sent": silent(),
+    "half_line": silent("GET /hea"),
+    "half_head": silent("GET /health HTTP/1.1\r\nHost: x\r\nX-A: "),
+    "half_head_dripping": silent("GET /health HTTP/1.1\r\nHost: x\r\nX-A: ", drip=b"a"),
+    "half_body": silent(POST, "KEY", "Content-Length: 1000\r\n\r\n{"),
+    "half_body_dripping": silent(POST, "KEY", "Content-Length: 1000\r\n\r\n{", drip=b" "),
+    "half_body_to_health": silent("GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nConnection: close\r\n\r\n"),
+    "half_chunk": silent(CHUNKED, "5\r\nab"),
+    "chunks_dripping": silent(CHUNKED, drip=b"1\r\n \r\n"),
+}
+
 ATTACKS: list[Attack] = [
     Attack(kind, name, act=act)
-    for kind, members in {"heads": HEADS, "bodies": BODIES, "held": HELD}.items()
+    for kind, members in {"heads": HEADS, "bodies": BODIES, "held": HELD, "silent": SILENT}.items()
     for name, act in members.items()
 ]

@@ -72,19 +72,16 @@ class HostileServer:
     def __init__(self, model: Path, *arguments: str):
         self._known: dict[int, str] = {}
         (model / "tools.jinja").write_text(TEMPLATE)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (NUM_FILES, hard))
-        try:  # processes take their parent's limits
-            self.server = Server(
-                model,
-                *("--warmup", "full", "--api-key", KEY, "--api-key", "another", "--served-model-name", "tiny"),
-                *("--trust-request-chat-template", "--chat-template", str(model / "tools.jinja")),
-                *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-                *("--shutdown-timeout", str(SHUTDOWN_SECONDS), "--response-store-size", str(2**20)),
-                *arguments,
-            )
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self.server = Server(
+            model,
+            *("--warmup", "full", "--api-key", KEY, "--api-key", "another", "--served-model-name", "tiny"),
+            *("--trust-request-chat-template", "--chat-template", str(model / "tools.jinja")),
+            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+            *("--shutdown-timeout", str(SHUTDOWN_SECONDS), "--response-store-size", str(2**20)),
+            *arguments,
+        )
+        # Long before it has imported what it needs: it finds so few, and cannot have more.
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (NUM_FILES, NUM_FILES))
         address = urlsplit(self.server.url)
         assert address.hostname is not None
         assert address.port is not None
