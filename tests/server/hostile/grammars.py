@@ -152,7 +152,7 @@ def _flood(make: Callable[[int], Post], number: int) -> Callable[[Target], int |
 
 FLOODS = {
     "regexes_of_words": _flood(lambda i: regex(words(100 + i)), 59),
-    "held_grammars": _flood(lambda i: completion(structured_outputs={"json": {"multipleOf": 1000003 + 2 * i}}), 8),
+    "held_grammars": _flood(lambda i: completion(structured_outputs={"json": {"multipleOf": 1000003 + 2 * i}}), 5),
     "chains": _flood(lambda i: grammar(lark_chain(50_000 + i)), 8),
     "small_grammars": _flood(lambda i: regex(f"[a-z]{{{i + 1}}}"), 100),
 }
