@@ -86,8 +86,9 @@ class ProgramStore:
             return None
         file = self._file(key)
         with contextlib.suppress(OSError):
+            data = file.read_bytes()
             try:
-                return export.deserialize(bytearray(_checked(file.read_bytes())))
+                return export.deserialize(bytearray(_checked(data)))
             except Exception as error:  # of the checksum; or of JAX, for what another version has written
                 logger.warning("%s cannot be read (%s): lowering again", file, error)
                 file.unlink(missing_ok=True)
