@@ -1,17 +1,17 @@
-"""Prompts in, `Request`s out: every form a prompt may have, tokenising, and all checks, before anything runs."""
+"""Prompts in, `Request`s out: tokenising, and all checks, before anything runs."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from jaxengine.engine.chat import normalize_conversations, render_chat
+from jaxengine.engine.prompts import Prompt, PromptInput, normalize_prompt, normalize_prompts
+from jaxengine.engine.prompts import at as _at
 from jaxengine.engine.request import Request
 from jaxengine.messages import quote
 from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
@@ -39,43 +39,6 @@ __all__ = [
 ]
 
 
-class PromptDict(TypedDict, total=False):
-    """A prompt as a dict: "prompt" or "prompt_token_ids", or both (then the text is only kept for the output)."""
-
-    prompt: str
-    prompt_token_ids: list[int]
-    cache_salt: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt.
-
-    Attributes:
-        text: The text; None if only token ids are given.
-        token_ids: The token ids; None if the text is to be tokenised.
-        cache_salt: Cached pages are shared only with requests of the same salt.
-        add_special_tokens: Whether tokenising adds BOS and the like (a rendered chat has them in its text).
-    """
-
-    text: str | None = None
-    token_ids: list[int] | None = None
-    cache_salt: str | None = None
-    add_special_tokens: bool = True
-
-
-@dataclass
-class _Checked:
-    """What is made of parameters once, for all prompts of a call that have them."""
-
-    params: SamplingParams
-    grammar: Grammar | None
-    stop_token_ids: frozenset[int]
-
-
-PromptInput = str | Sequence[int] | PromptDict | Prompt
-
-
 @dataclass
 class ProcessedInput:
     """What the engine adds for one prompt.
@@ -96,77 +59,13 @@ class ProcessedInput:
     children: list[Request]
 
 
-def normalize_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
-    """Turns one prompt or many, each text, token ids or a dict, into a list.
+@dataclass
+class _Checked:
+    """What is made of parameters once, for all prompts of a call that have them."""
 
-    A list of integers is one prompt of token ids; any other list (or tuple) is several prompts.
-
-    Raises:
-        ValueError: Something in it is no prompt.
-    """
-    if isinstance(prompts, (str, Mapping, Prompt)) or _is_token_list(prompts):
-        return [_normalize_prompt(prompts)]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray)):
-        raise ValueError(f"prompt must be {_ACCEPTED}, or a list of these, got {quote(prompts)}")
-    return [_at(f"prompts[{i}]", _normalize_prompt, prompt) for i, prompt in enumerate(prompts)]
-
-
-_ACCEPTED = 'a string, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
-
-
-def _is_token_list(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim == 1 and value.dtype.kind in "iu"
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], numbers.Integral)
-
-
-def _normalize_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    if isinstance(prompt, str):
-        return Prompt(text=prompt)
-    if isinstance(prompt, Mapping):
-        return _normalize_dict(prompt)
-    if isinstance(prompt, (list, tuple, np.ndarray)):
-        return Prompt(token_ids=_checked_token_ids(prompt))
-    raise ValueError(f"prompt must be {_ACCEPTED}, got {quote(prompt)}")
-
-
-def _normalize_dict(prompt: Mapping[str, Any]) -> Prompt:
-    unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids", "cache_salt")]
-    if unknown:
-        raise ValueError(
-            f'a prompt dict may hold "prompt", "prompt_token_ids" and "cache_salt", got key {quote(unknown[0])}'
-        )
-    text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
-    if text is None and token_ids is None:
-        raise ValueError(f'a prompt dict must hold "prompt" or "prompt_token_ids", got {quote(dict(prompt))}')
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f'"prompt" must be a string, got {quote(text)}')
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise ValueError(f'"cache_salt" must be a string that is not empty, got {quote(salt)}')
-    return Prompt(text, None if token_ids is None else _checked_token_ids(token_ids), salt)
-
-
-def _checked_token_ids(values: Any) -> list[int]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ValueError(f"prompt_token_ids must be a list of integers, got {quote(values)}")
-    token_ids = list(values)
-    # Prompts are long: one look at all the types, and at each value only if there is any but int.
-    if set(map(type, token_ids)) <= {int}:
-        return token_ids
-    for value in token_ids:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
-            raise ValueError(f"prompt_token_ids must be a list of integers, got {quote(value)} in it")
-    return [int(value) for value in token_ids]
-
-
-def _at[**P, R](where: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Calls a function; a ValueError's message then begins with the place it is about."""
-    try:
-        return function(*args, **kwargs)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    params: SamplingParams
+    grammar: Grammar | None
+    stop_token_ids: frozenset[int]
 
 
 class InputProcessor:
@@ -276,7 +175,7 @@ class InputProcessor:
         Raises:
             ValueError: Names the field and the value that is wrong.
         """
-        normal = _normalize_prompt(prompt)
+        normal = normalize_prompt(prompt)
         return self._make(request_id, normal, self._checked(params), priority, arrival_time, cache_salt)
 
     def _checked(self, params: SamplingParams | None) -> _Checked:
