@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,14 @@ from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine.output_processor import SampledUpdate
 from jaxengine.engine.request import Request
 from jaxengine.engine_args import EngineArgs
+from jaxengine.host_memory import release_free_memory
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 ASK_SECONDS = 1.0
+RELEASE_EVERY = 5
 
 __all__ = ["AsyncLLM", "EngineDeadError", "RequestStream"]
 
@@ -301,10 +304,12 @@ class AsyncLLM:
                     del self._streams[output.request_id]
 
     async def _ask(self) -> None:
-        """Asks the core every second whether it is alive."""
-        while True:
+        """Asks the core every second whether it is alive; gives memory back that large requests have freed."""
+        for number in itertools.count(1):
             self._silence = self._client.ask()
             await asyncio.sleep(ASK_SECONDS)
+            if number % RELEASE_EVERY == 0:
+                await asyncio.get_running_loop().run_in_executor(self._forms, release_free_memory)
 
     async def _receive(self) -> None:
         try:

@@ -15,7 +15,7 @@ from jaxengine.engine.core import EngineCore
 from jaxengine.engine.front import eos_token_ids
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.checkpoint import Checkpoint
-from jaxengine.structured.grammar import GrammarCompiler, tokenizer_setup
+from jaxengine.structured.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -62,8 +62,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
         except BaseException:
             runner.close()
             raise
-    vocab_size, ends = config.model.vocab_size, eos_token_ids(checkpoint)
-    grammars = GrammarCompiler(lambda: tokenizer_setup(get_tokenizer(), vocab_size, ends))
+    grammars = GrammarCompiler(get_tokenizer, config.model.vocab_size, eos_token_ids(checkpoint))
     return EngineCore(make_scheduler(config, programs.num_pages), runner, grammars)
 
 

@@ -98,10 +98,11 @@ def template_job(
     continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_characters: int,
 ) -> dict[str, Any]:
     """Makes the job of a worker that renders a conversation with a template that nobody vouches for.
 
-    Args: as of `render_chat`.
+    Args: as of `render_chat`; and `max_characters`, of the text at most.
 
     Raises:
         ValueError: No messages; a message of a wrong form or role.
@@ -114,7 +115,8 @@ def template_job(
         "continue_final_message": continue_final_message,
     }
     variables = dict(tokenizer.special_tokens_map) | dict(chat_template_kwargs or {})
-    return {"kind": "template", "template": chat_template, "messages": normal, "options": options | variables}
+    job = {"kind": "template", "template": chat_template, "messages": normal, "options": options | variables}
+    return job | {"max_characters": max_characters}
 
 
 def _check_options(
@@ -159,13 +161,15 @@ def _normalize_message(index: int, message: Any, known_roles: str) -> dict[str, 
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} must be a dict like {_EXAMPLE}, got {quote(message)}")
     role = message.get("role")
+    if role == "developer" and role not in known_roles:
+        role = "system"  # OpenAI's newer name for it, which most templates do not know
     # Some models have roles of their own: the template then names them.
     if not isinstance(role, str) or not role or (role not in ROLES and role not in known_roles):
         raise ValueError(
             f"{where}: role must be one of {', '.join(ROLES)}, or named in the template, got {quote(role)}"
         )
     # Clients send back what they were answered, with null for what was not there: templates ask whether a key exists.
-    result = {key: value for key, value in message.items() if value is not None}
+    result = {key: value for key, value in message.items() if value is not None} | {"role": role}
     if "reasoning" in result:  # vLLM's newer name for what templates know as
         result.setdefault("reasoning_content", result["reasoning"])
     calls = result.get("tool_calls", [])
@@ -201,17 +205,22 @@ def _content_text(where: str, content: Any) -> str:
 
 
 def _normalize_call(where: str, call: Any) -> Any:
-    """Templates want a call's arguments as a dict; OpenAI's messages carry them as a JSON string."""
+    """Templates want a call's arguments as a dict; OpenAI's messages carry them as a JSON string.
+
+    What a model has written may be no JSON, or the beginning of some: that stays a text.
+    """
     if not isinstance(call, Mapping):
         raise ValueError(f"{where}: tool_calls must hold dicts, got {quote(call)}")
     function = call.get("function")
     if not isinstance(function, Mapping):
         return call
     arguments = function.get("arguments") or {}
-    try:
-        parsed = bounded_json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: the arguments of a tool call must be JSON, got {quote(arguments)}") from error
-    if not isinstance(parsed, Mapping):
+    if isinstance(arguments, str):
+        try:
+            parsed = bounded_json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None
+        arguments = parsed if isinstance(parsed, Mapping) else arguments
+    elif not isinstance(arguments, Mapping):
         raise ValueError(f"{where}: the arguments of a tool call must be a JSON object, got {quote(arguments)}")
-    return {**call, "function": {**function, "arguments": parsed}}
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 NUM_COMPILERS = 2
 """Threads that compile grammars: what one does may take seconds."""
+TAKE_SECONDS = 0.05
+"""How long requests that come are taken one after the other before those that run have their next step."""
 COMPILE_POLL_MS = 1
 """How often an idle core looks whether a grammar is compiled."""
 
@@ -101,13 +104,20 @@ class CoreProcess:
         self._send(wire.Refused(key, message))
 
     def _take_messages(self) -> bool:
-        """Takes all messages that are there, and waits for one if there is nothing else to do; False at the end."""
+        """Takes the messages that are there, for a while, and waits for one if there is nothing else to do.
+
+        Returns:
+            False at the end.
+        """
         if not self._core.has_unfinished_requests():
             self._inbox.poll(COMPILE_POLL_MS if self._compiling else None)
+        end = time.monotonic() + TAKE_SECONDS
         while True:
             try:
-                frame = self._inbox.recv(zmq.NOBLOCK)
+                frame = None if time.monotonic() > end else self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
+                frame = None
+            if frame is None:
                 self._add_compiled()
                 return True
             try:

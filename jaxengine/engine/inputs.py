@@ -209,6 +209,7 @@ class InputProcessor:
                 child_params = copy.copy(params)
                 child_params.n = 1
                 child_params.seed = None if params.seed is None else params.seed + index
+                child_params.prompt_logprobs = params.prompt_logprobs if index == 0 else None  # those of all are equal
             children.append(
                 Request(
                     request_id=request_id if params.n == 1 else f"{index}_{request_id}",
@@ -237,6 +238,11 @@ class InputProcessor:
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt is not valid Unicode: half of a surrogate pair at {error.start}") from error
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    @property
+    def max_characters(self) -> int:
+        """Characters of the longest text that may be tokenised at all."""
+        return max(MAX_TRUNCATION * self.max_model_len * self._longest_token, LONG_TEXT)
 
     def check_length(self, text: str, *, times: int = 1) -> None:
         """Checks that a text may have as few tokens as fit, before it is tokenised: that takes long and much memory.

@@ -168,7 +168,7 @@ class OutputProcessor:
             )
             if params.logprobs is not None:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
-            if params.prompt_logprobs is not None:
+            if params.prompt_logprobs is not None and index == 0:
                 completion.prompt_logprobs = [None]
             completions.append(completion)
         metrics = RequestMetrics(
@@ -345,9 +345,11 @@ class OutputProcessor:
         completions = [c for c in parent.completions if c.has_news or not is_delta]
         outputs = [self._completion_output(completion, is_delta) for completion in completions]
         prompt_logprobs = parent.completions[0].prompt_logprobs
-        if is_delta and parent.prompt_logprobs_delivered:
-            prompt_logprobs = None
-        parent.prompt_logprobs_delivered = True
+        if is_delta and prompt_logprobs is not None:
+            is_whole = finished or len(prompt_logprobs) == len(parent.prompt_token_ids)
+            if parent.prompt_logprobs_delivered or not is_whole:
+                prompt_logprobs = None
+            parent.prompt_logprobs_delivered |= is_whole
         return RequestOutput(
             request_id=parent.request_id,
             prompt=parent.prompt_text,

@@ -27,6 +27,8 @@ NOT_SENT = {
 class Add(msgspec.Struct, tag=True, array_like=True):
     """Front to core: queue the completions of a request, which differ in their ids and seeds only.
 
+    Log probabilities of the prompt are computed with the first of them.
+
     Attributes:
         keys: Name each of them in all later messages; never used again, unlike a caller's id.
         sampling_params: Fields that differ from their defaults, but for the seed.
@@ -71,9 +73,10 @@ class Add(msgspec.Struct, tag=True, array_like=True):
         shared.bad_words_token_ids = self.bad_words_token_ids
         stop_token_ids = frozenset(self.stop_token_ids)
         requests = []
-        for request_id, seed in zip(self.request_ids, self.seeds, strict=True):
+        for index, (request_id, seed) in enumerate(zip(self.request_ids, self.seeds, strict=True)):
             params = copy.copy(shared)
             params.seed = seed
+            params.prompt_logprobs = shared.prompt_logprobs if index == 0 else None
             requests.append(
                 Request(
                     request_id=request_id,

@@ -1,8 +1,6 @@
 """Compiles the steps in background threads, most needed first, and counts compilations."""
 
 import atexit
-import contextlib
-import ctypes
 import functools
 import gc
 import heapq
@@ -16,6 +14,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+
+from jaxengine.host_memory import release_free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -159,12 +159,6 @@ class StepCompiler:
                     self._when_done()
             finally:
                 finish()
-
-
-def release_free_memory() -> None:
-    """Gives freed memory back to the system, where the C library is glibc: it would keep most of it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def freeze_heap() -> None:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxengine.config import EngineConfig
+from jaxengine.host_memory import release_free_memory
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
-from jaxengine.runner.compiler import release_free_memory
 from jaxengine.runner.input_batch import SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import keep_small_places
 from jaxengine.runner.programs import MaskKey, PromptLogprobsKey, SamplerKey, SetSlotKey

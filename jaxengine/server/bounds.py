@@ -37,6 +37,8 @@ MAX_STOP_TOKENS = 4096
 MAX_BIASES = 16_384
 MAX_TOKENS = 2**18
 """Token ids of `allowed_token_ids`: as many as the largest vocabularies have."""
+MAX_PROMPT_LOGPROBS = 2**18
+"""Log probabilities of prompts in a call's answer: a million would take seconds to write, and half a gigabyte."""
 MAX_METADATA = 64
 MAX_CHOICES = 16_384
 MAX_SALT = 1024

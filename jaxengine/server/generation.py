@@ -19,6 +19,7 @@ from jaxengine.engine.async_llm import EngineDeadError, RequestStream
 from jaxengine.engine.inputs import ProcessedInput
 from jaxengine.outputs import Logprob, RequestOutput
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.server.bounds import MAX_PROMPT_LOGPROBS
 from jaxengine.server.errors import APIError, ClientDisconnected, as_api_error
 from jaxengine.server.state import ChatText, ServerState
 
@@ -65,6 +66,7 @@ async def generate(
                 await chat.prepare()
             await server.llm.look_at_form(params)
             processed = await server.llm.in_tokenizer_thread(process)
+            _check_prompt_logprobs(processed)
             outputs = server.llm.submit(processed)
             resources.callback(outputs.close)
             server.observer.begin(request, processed)
@@ -73,6 +75,18 @@ async def generate(
             assert answer is not None
             body = await _unless_disconnected(request.receive, answer(processed, outputs))
     return json_response(body)
+
+
+def _check_prompt_logprobs(processed: list[ProcessedInput]) -> None:
+    """Raises APIError if more log probabilities of prompts are asked for than an answer may have."""
+    num_logprobs = sum(
+        len(item.prompt_token_ids) * (1 + item.params.prompt_logprobs)
+        for item in processed
+        if item.params.prompt_logprobs is not None
+    )
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
+        message = f"{num_logprobs} log probabilities of prompts in one call: at most {MAX_PROMPT_LOGPROBS} are accepted"
+        raise APIError(400, message, param="prompt_logprobs")
 
 
 def call_ids(request: Request, kind: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from jaxengine.sampling_params import RequestOutputKind, SamplingParams, Structu
 from jaxengine.server import bounds
 from jaxengine.server.bounds import Strict, at_most, first_wrong
 from jaxengine.server.errors import APIError
+from jaxengine.server.forced_calls import forced_calls
 from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
@@ -161,37 +162,17 @@ def tool_use(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool, au
         called = [tool for tool in tools if tool.function.name == choice.function.name]
         if not called:
             raise APIError(400, f"tool_choice: {quote(choice.function.name)} is none of the tools", param="tool_choice")
-        return ToolUse(tools, _calls_of(called, max_calls=1))
+        return ToolUse(tools, forced_calls(called, max_calls=1))
     if choice == "required":
         if not tools:
             raise APIError(400, "tool_choice: 'required' needs tools", param="tool_choice")
-        return ToolUse(tools, _calls_of(tools, max_calls=None if parallel else 1))
+        return ToolUse(tools, forced_calls(tools, max_calls=None if parallel else 1))
     if choice == "none" or not tools:
         return ToolUse([])
     if not auto:
         message = "tools: this server was started without --enable-auto-tool-choice and --tool-call-parser"
         raise APIError(400, message, param="tools", code="unsupported_field")
     return ToolUse(tools)
-
-
-def _calls_of(tools: list[Tool], max_calls: int | None) -> StructuredOutputsParams:
-    """A JSON list of at least one call of these tools, as their schemas have it."""
-    definitions: dict[str, Any] = {}
-    calls = []
-    for tool in tools:
-        schema: dict[str, Any] = {"type": "object"} | (tool.function.parameters or {})
-        own = schema.pop("$defs", {})  # references look for them in the whole schema
-        if not isinstance(own, dict):
-            raise APIError(400, f"tools: $defs must be an object, got {quote(own)}", param="tools")
-        for name, definition in own.items():
-            if definitions.setdefault(name, definition) != definition:
-                raise APIError(400, f"tools: two differ in what $defs has as {quote(name)}", param="tools")
-        fields = {"name": {"const": tool.function.name}, "parameters": schema}
-        calls.append({"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False})
-    whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    whole |= {"$defs": definitions} if definitions else {}
-    whole |= {"maxItems": max_calls} if max_calls is not None else {}
-    return StructuredOutputsParams(json=whole, disable_any_whitespace=True)
 
 
 class SamplingBody(Body):

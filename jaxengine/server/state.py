@@ -235,7 +235,8 @@ class ServerState:
             return ChatText(
                 self.llm, lambda: render_chat(tokenizer, get_messages(), tools=tools, chat_template=own, **options)
             )
-        options |= {"tools": tools, "chat_template": chat_template}
+        limit = self.llm.input_processor.max_characters
+        options |= {"tools": tools, "chat_template": chat_template, "max_characters": limit}
         return ChatText(self.llm, make_job=lambda: template_job(tokenizer, get_messages(), **options))
 
     def text_options(self, use: ToolUse) -> dict[str, Any]:
@@ -254,4 +255,5 @@ class ServerState:
             reasoning = None
         else:
             reasoning = ReasoningParser(REASONING_STYLES[style], processed.prompt_text or "")
-        return AnswerParser(reasoning, TOOL_PARSERS[calls]() if use.tools and calls else None, max_calls)
+        names = [tool.function.name for tool in use.tools]
+        return AnswerParser(reasoning, TOOL_PARSERS[calls](names) if names and calls else None, max_calls)

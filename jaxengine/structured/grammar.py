@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 NUM_COMPILED = 64
-COMPILED_BYTES = 256 * 2**20
+COMPILED_BYTES = 64 * 2**20
 """Compiled grammars kept, those used last, and the memory that they may take."""
 WHITESPACE = r"[ \t]{1,64}|\r?\n[ \t]{0,64}"
 """Between the parts of JSON: enough to indent it, and no more, or a model can write newlines for ever."""
@@ -47,6 +47,10 @@ def grammar_text(params: StructuredOutputsParams) -> str:
     return grammar_from("grammar", params.grammar)
 
 
+BYTES_A_CHARACTER = 100
+"""Memory that a compiled grammar takes for each of its characters, where nobody has measured it: a large estimate."""
+
+
 class Grammar(NamedTuple):
     """A grammar that is known to be right.
 
@@ -62,9 +66,15 @@ class Grammar(NamedTuple):
 class GrammarCompiler:
     """Makes matchers of grammars for one model's tokens. Its methods may be called from several threads."""
 
-    def __init__(self, get_setup: Callable[[], TokenizerSetup]):
-        """Args: get_setup: Gives the tokens when a first grammar needs them, see `tokenizer_setup`."""
-        self._get_setup = get_setup
+    def __init__(self, get_tokenizer: Callable[[], Any], vocab_size: int = 0, eos_token_ids: Iterable[int] = ()):
+        """Nothing is loaded before the first grammar.
+
+        Args:
+            get_tokenizer: Gives the model's tokenizer, or a `TokenizerSetup`.
+            vocab_size: Columns of the logits; those that no token belongs to are never allowed.
+            eos_token_ids: Allowed where the output may end.
+        """
+        self._get_tokenizer, self._vocab_size, self._eos_token_ids = get_tokenizer, vocab_size, list(eos_token_ids)
         self._compiled: SizedCache[LLMatcher] = SizedCache(COMPILED_BYTES, NUM_COMPILED)
 
     @functools.cached_property
@@ -76,10 +86,11 @@ class GrammarCompiler:
         """
         from llguidance import LLTokenizer
 
-        setup = self._get_setup()
+        found = self._get_tokenizer()
+        setup = found if isinstance(found, dict) else tokenizer_setup(found, self._vocab_size, self._eos_token_ids)
         return LLTokenizer(setup["tokenizer"], n_vocab=setup["num_tokens"], eos_token=setup["eos_token_ids"])
 
-    def matcher(self, grammar: Grammar) -> LLMatcher:
+    def matcher(self, grammar: Grammar | str) -> LLMatcher:
         """A new matcher of an output that has not begun.
 
         Raises:
@@ -87,8 +98,9 @@ class GrammarCompiler:
         """
         return self.compile(grammar).deep_copy()
 
-    def compile(self, grammar: Grammar) -> LLMatcher:
+    def compile(self, grammar: Grammar | str) -> LLMatcher:
         """What `matcher` copies; kept for the next request with this grammar."""
+        grammar = Grammar(grammar, BYTES_A_CHARACTER * len(grammar)) if isinstance(grammar, str) else grammar
         compiled = self._compiled.get(grammar.text)
         if compiled is None:
             compiled = self.compile_anew(grammar.text)

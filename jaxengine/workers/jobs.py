@@ -10,10 +10,8 @@ from typing import Any
 from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.structured.grammar import GrammarCompiler, grammar_text
 
-MAX_GRAMMAR_BYTES = 64 * 2**20
+MAX_GRAMMAR_BYTES = 48 * 2**20
 """Memory that a compiled grammar may take: the engine keeps it as long as a request needs it."""
-MAX_TEXT = 16 * 2**20
-"""Characters that a template may write."""
 
 
 class Jobs:
@@ -41,19 +39,21 @@ class Jobs:
 
         if self._no_tokens is not None:
             raise ValueError(self._no_tokens)
-        before = _memory_bytes()
+        before = memory_bytes()
         text = grammar_text(StructuredOutputsParams(**params))
         matcher = self._compiler.compile_anew(text).deep_copy()
         fill_next_token_bitmask(matcher, allocate_token_bitmask(1, self._compiler.tokenizer.vocab_size), 0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
-        num_bytes = max(_memory_bytes() - before, len(text))
+        num_bytes = max(memory_bytes() - before, len(text))
         if num_bytes > MAX_GRAMMAR_BYTES:
             raise ValueError(f"it takes {num_bytes >> 20} MiB of memory, at most {MAX_GRAMMAR_BYTES >> 20} are allowed")
         return {"text": text, "num_bytes": num_bytes}
 
-    def _template(self, template: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
-        """Renders a chat template."""
+    def _template(
+        self, template: str, messages: list[dict[str, Any]], options: dict[str, Any], max_characters: int
+    ) -> str:
+        """Renders a chat template; a text of more characters cannot be used, and is not sent."""
         from jaxengine.loading.chat_template import render_chat
 
         try:
@@ -62,12 +62,12 @@ class Jobs:
             raise
         except Exception as error:  # a template is a program, which can fail in any way
             raise ValueError(f"the chat template refused the messages: {error}") from error
-        if len(text) > MAX_TEXT:
-            raise ValueError(f"the chat template has written {len(text)} characters; at most {MAX_TEXT} are allowed")
+        if len(text) > max_characters:
+            raise ValueError(f"the chat template has written {len(text)} characters; {max_characters} at most may fit")
         return text
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Memory that this process holds; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

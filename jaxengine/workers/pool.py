@@ -17,6 +17,8 @@ NUM_WORKERS = 2
 JOB_SECONDS = 10.0
 MEMORY_BYTES = 512 * 2**20
 """That a job may take beside what a worker has at its start."""
+MAX_KEPT_BYTES = 48 * 2**20
+"""That a worker may keep of what its jobs took; else the next job gets a fresh one."""
 START_SECONDS = 120.0
 MAX_WAITING = 256
 MAX_FAILED_STARTS = 3
@@ -154,8 +156,10 @@ class _Worker:
             env=environment,
         )
         self.is_dead = False
-        if self._exchange(setup, START_SECONDS) is None:
+        answer = self._exchange(setup, START_SECONDS)
+        if answer is None:
             raise OSError("a worker process did not start")
+        self._max_memory = answer["memory"] + MAX_KEPT_BYTES
 
     def run(self, job: dict[str, Any], seconds: float) -> Any:
         """Does a job.
@@ -170,6 +174,8 @@ class _Worker:
             if code is None or self._timed_out:
                 raise ValueError(f"it takes longer than {seconds:g} s to look at")
             raise ValueError("it is too complex: it takes too much memory, or is nested too deeply")
+        if answer["memory"] > self._max_memory:
+            self.kill()
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["result"]

@@ -11,7 +11,7 @@ import textwrap
 import threading
 from typing import Any
 
-from jaxengine.workers.jobs import Jobs
+from jaxengine.workers.jobs import Jobs, memory_bytes
 
 STACK_BYTES = 2 * 2**20
 """A quarter of what threads usually have: nesting that fits here does not overflow the engine's own stack."""
@@ -30,7 +30,7 @@ def main() -> None:
     waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.stack_size(STACK_BYTES)
     threading.Thread(target=_work, args=(jobs, waiting), daemon=True).start()
-    _answer({"pid": os.getpid()})
+    _answer({"pid": os.getpid(), "memory": memory_bytes()})
     # The parent may end while a job runs: then stdin ends, and with it this process.
     for line in sys.stdin.buffer:
         waiting.put(line)
@@ -50,7 +50,7 @@ def _work(jobs: Jobs, waiting: queue.SimpleQueue[bytes]) -> None:
             answer = {"error": "it is nested too deeply"}
         except Exception as error:  # whatever a job's input made a library raise
             answer = {"error": textwrap.shorten(f"{type(error).__name__}: {error}", MAX_MESSAGE)}
-        _answer(answer)
+        _answer(answer | {"memory": memory_bytes()})
 
 
 def _answer(answer: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def accepts(compiler: GrammarCompiler, texts: list[str], schema: Any, **options:
     """Which texts a schema takes."""
     params = StructuredOutputsParams(json=json.dumps(schema), **options)
     first = compiler.compile_anew(grammar_text(params))
-    tokenizer = Tokenizer.from_str(compiler._get_setup()["tokenizer"])
+    tokenizer = Tokenizer.from_str(compiler._get_tokenizer()["tokenizer"])
     taken = []
     for text in texts:
         matcher, ids = first.deep_copy(), tokenizer.encode(text, add_special_tokens=False).ids

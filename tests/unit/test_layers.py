@@ -12,7 +12,7 @@ PACKAGE = ROOT / "jaxengine"
 LINKED = ("models", "pallas_kernels", "sharding")
 
 # Each part may import itself, PLAIN and the parts named here.
-PLAIN = {"bounded_json", "config", "messages", "sampling_params", "outputs", "__init__"}
+PLAIN = {"bounded_json", "config", "host_memory", "messages", "sampling_params", "outputs", "__init__"}
 MODELS = {"models", "pallas_kernels", "sharding"}
 RUNNER = {"structured", "runner", "sampling", "scheduler", *MODELS}
 ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
@@ -20,6 +20,7 @@ ALLOWED = {
     "__init__": {"engine_args", "llm"},
     "bounded_json": set(),
     "config": set(),
+    "host_memory": set(),
     "messages": set(),
     "outputs": set(),
     "sampling_params": set(),

@@ -120,7 +120,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_hostile_template_costs_its_own_request(pool, name):
-    job = {"kind": "template", "messages": [], "options": {}}
+    job = {"kind": "template", "messages": [], "options": {}, "max_characters": 1000}
     hostile = pool.submit(template=TEMPLATES[name], **job)
     assert pool.submit(template="{{ 1 + 1 }}", **job).result(timeout=60) == "2"
     error = hostile.exception(timeout=60)
@@ -129,7 +129,7 @@ def test_a_hostile_template_costs_its_own_request(pool, name):
 
 
 def test_a_worker_that_is_killed_is_replaced(pool):
-    job = {"kind": "template", "template": "x", "messages": [], "options": {}}
+    job = {"kind": "template", "template": "x", "messages": [], "options": {}, "max_characters": 1000}
     assert pool.submit(**job).result(timeout=60) == "x"
     for worker in list(pool._workers):
         worker._process.kill()
@@ -145,17 +145,19 @@ def test_jobs_without_workers_fail(monkeypatch):
     pool = WorkerPool(lambda: {"no_tokens": "none"})
     for _ in range(4):
         with pytest.raises(WorkerError, match="cannot be started"):
-            pool.submit(kind="template", template="x", messages=[], options={}).result(timeout=10)
+            pool.submit(kind="template", template="x", messages=[], options={}, max_characters=9).result(timeout=10)
     with pytest.raises(WorkerError, match="cannot be started"):
         pool.check()
     pool.close()
     with pytest.raises(WorkerError):
-        pool.submit(kind="template", template="x", messages=[], options={})
+        pool.submit(kind="template", template="x", messages=[], options={}, max_characters=9)
 
 
 def test_workers_end_with_their_parent():
     pool = WorkerPool(lambda: {"no_tokens": "none"})
-    assert pool.submit(kind="template", template="x", messages=[], options={}).result(timeout=20) == "x"
+    assert (
+        pool.submit(kind="template", template="x", messages=[], options={}, max_characters=9).result(timeout=20) == "x"
+    )
     pids = [worker._process.pid for worker in pool._workers]
     pool.close()
     for pid in pids:
