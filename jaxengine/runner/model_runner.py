@@ -18,7 +18,7 @@ from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.compiler import release_free_memory
 from jaxengine.runner.input_batch import SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import keep_small_places
-from jaxengine.runner.programs import MaskKey, PromptLogprobsKey, SamplerKey, SetSlotKey
+from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetSlot
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
 from jaxengine.runner.steps import FlatModel, ForwardOutputs
@@ -49,11 +49,12 @@ class ModelRunner:
         """Takes the programs, which may still be compiling; `load` brings the weights."""
         self.programs = programs
         self.config: EngineConfig = programs.config
-        self._layouts, self._place, self._arrays = programs.layouts, programs.place, programs.arrays
+        context = programs.context
+        self._layouts, self._place, self._arrays = context.layouts, context.place, context.arrays
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._slots = [
-            SlotTable(self.config.scheduler.max_num_seqs, programs.table_width, self.config.model.vocab_size)
+            SlotTable(self.config.scheduler.max_num_seqs, context.table_width, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
         self._caches: list = []
@@ -65,7 +66,7 @@ class ModelRunner:
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure, and allocates the cache."""
-        if self.programs.is_stacked:
+        if self.programs.context.is_stacked:
             model.stack_layers()
         self._leaves = self._put(FlatModel(model).leaves)
         release_free_memory()
@@ -122,7 +123,7 @@ class ModelRunner:
     def _forward(
         self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket, packed: np.ndarray
     ) -> ForwardStep:
-        forward = self.programs.get(bucket)
+        forward = self.programs.step(bucket)
         args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_held(bucket)
         self._caches, self._last_token, tokens, outputs = forward(*args)
         return ForwardStep(batches, orders, bucket, packed, tokens, outputs)
@@ -143,7 +144,7 @@ class ModelRunner:
         tokens, logprobs = self._sample(step, has_masks=has_masks)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
-            compute = self.programs.get(PromptLogprobsKey(bucket.num_tokens))
+            compute = self.programs.get(PromptLogprobs(bucket.num_tokens))
             prompt_logprobs = compute(self._leaves, outputs.hidden, self._put_own(targets))
         return StepOutputs(tokens, logprobs, prompt_logprobs)
 
@@ -158,7 +159,7 @@ class ModelRunner:
             # Where nothing is left but the end, min_tokens must not forbid it.
             features = layout.views(own_packed)["features"][: len(order)]
             features[own_masks.is_complete[order]] &= ~MIN_TOKENS
-        mask = self.programs.get(MaskKey(num_seqs))
+        mask = self.programs.get(GrammarMask(num_seqs))
         logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._arrays.num_mask_words)))
         return step._replace(packed=packed, outputs=step.outputs._replace(logits=logits))
 
@@ -170,7 +171,7 @@ class ModelRunner:
         if not wanted:
             return step.tokens, None
         features = feature_set(wanted | self.programs.always_wanted)
-        sampler = self.programs.get(SamplerKey(step.bucket.num_seqs, features, self.programs.processors))
+        sampler = self.programs.get(Sampler(step.bucket.num_seqs, features, self.programs.processors))
         state = self._state if features == EVERY_FEATURE else None
         rows = self._layouts[step.bucket].rows_of(step.packed)
         args = state, self._last_token, step.outputs.logits, self._put_own(rows)
@@ -197,7 +198,7 @@ class ModelRunner:
             seed = zlib.crc32(request.request_id.encode(), self.config.seed & 0xFFFFFFFF)
         processors = self._processor_bits(params.logits_processors or ())
         if self._slots[shard].take(sequence, seed, processors) & USES_STATE:
-            set_slot_compiled = self.programs.get(SetSlotKey())
+            set_slot_compiled = self.programs.get(SetSlot())
             place = self._place
             values = slot_values(request, self._arrays.vocab_size)
             values = jax.tree.map(lambda x: place.put(x, place.replicated()), values)
@@ -228,7 +229,7 @@ class ModelRunner:
         """Puts weights where they belong; those that are there stay."""
         if self._place.mesh is None:
             return [jnp.asarray(leaf) for leaf in leaves]
-        return list(map(jax.device_put, leaves, self.programs.leaf_places))
+        return list(map(jax.device_put, leaves, self.programs.context.leaf_shardings))
 
     def _allocate(self) -> None:
         # All of it there before a step runs anywhere: peers write into the workspace.

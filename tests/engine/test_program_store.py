@@ -14,8 +14,9 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.models.registry import abstract_model
-from jaxengine.runner import lowering, lowering_pool, program_store
+from jaxengine.runner import lowering_pool, program_store
 from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
+from jaxengine.runner.programs import ModelStep, model_step, prompt_logprobs, sampler
 from jaxengine.runner.step_programs import StepPrograms
 
 
@@ -53,10 +54,11 @@ def test_a_warm_start_with_everything_traces_nothing(tiny, cache, monkeypatch):
             return [(o.prompt_logprobs, o.outputs[0]) for o in llm.generate(prompts, params, use_tqdm=False)]
 
     want = answers(num_lowering_processes=1)
-    for name in ("make_forward", "make_sampler", "make_prompt_logprobs"):
-        monkeypatch.setattr(lowering, name, lambda *args, **kwargs: never)
+    makers = (model_step, "make_forward"), (sampler, "make_sampler"), (prompt_logprobs, "make_prompt_logprobs")
+    for module, name in makers:
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: never)
     for name in ("_set_own_slot", "mask_logits"):
-        monkeypatch.setattr(lowering, name, never)
+        monkeypatch.setattr(sampler, name, never)
     assert answers() == want
     with pytest.raises(AssertionError, match="traced"):
         answers(logits_processors=[lambda logits, state: logits])
@@ -66,7 +68,7 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
     want = answer(tiny)
     files = sorted(cache.iterdir())
     assert files
-    monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
+    monkeypatch.setattr(model_step, "make_forward", lambda *args, **kwargs: never)
     assert answer(tiny) == want
     # What steps are planned, and of which requests, is not in a program.
     assert answer(tiny, async_scheduling=False, enable_prefix_caching=False, num_scheduler_steps=3, seed=1) == want
@@ -96,7 +98,7 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
     programs = StepPrograms(abstract_model(config.model, config.dtype, config.weight_dtype), config)
     store = program_store.open_store(config, 20)
     assert store is not None
-    first, second, third = (bucket for bucket in programs.buckets[:3])
+    first, second, third = map(ModelStep, programs.buckets[:3])
     with contextlib.closing(programs), contextlib.closing(LoweringPool(1)) as pool:
         pool.begin(config, 20)
         while store.lacks(first):  # until the process is ready it is this one's turn
@@ -105,7 +107,7 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
         with pool.turn(second):
             assert not store.lacks(second)
         assert not caplog.text
-        monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
+        monkeypatch.setattr(model_step, "make_forward", lambda *args, **kwargs: never)
         programs.lower(first)
         with pytest.raises(AssertionError, match="traced"):
             programs.lower(third)
