@@ -16,14 +16,14 @@ from jaxengine.config import EngineConfig
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.compiler import release_free_memory
-from jaxengine.runner.input_batch import SlotTable, advance, order_rows, pack, prompt_targets
+from jaxengine.runner.input_batch import ALL_BUT_MIN_TOKENS, SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import keep_small_places
 from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetSlot
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
 from jaxengine.runner.steps import FlatModel, ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.sampling.sampler import EVERY_FEATURE, LOGPROBS, MIN_TOKENS, RANDOM, USES_STATE, feature_set
+from jaxengine.sampling.sampler import EVERY_FEATURE, USES_STATE, Feature, feature_set
 from jaxengine.sampling.state import slot_values
 from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 from jaxengine.sharding.distributed import is_multiprocess
@@ -158,7 +158,7 @@ class ModelRunner:
             own_bitmask[: len(order)] = own_masks.bitmask[order, : self._arrays.num_mask_words]
             # Where nothing is left but the end, min_tokens must not forbid it.
             features = layout.views(own_packed)["features"][: len(order)]
-            features[own_masks.is_complete[order]] &= ~MIN_TOKENS
+            features[own_masks.is_complete[order]] &= ALL_BUT_MIN_TOKENS
         mask = self.programs.get(GrammarMask(num_seqs))
         logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._arrays.num_mask_words)))
         return step._replace(packed=packed, outputs=step.outputs._replace(logits=logits))
@@ -167,7 +167,9 @@ class ModelRunner:
         """Samples what is not greedy; returns all tokens, and log probabilities if a row asks for them."""
         wanted = self._wanted_features(step.bucket, step.packed)
         if has_masks:
-            wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
+            wanted |= (
+                Feature.RANDOM.value
+            )  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
             return step.tokens, None
         features = feature_set(wanted | self.programs.always_wanted)
@@ -178,7 +180,7 @@ class ModelRunner:
         state, self._last_token, tokens, logprobs = sampler(*args)
         if features == EVERY_FEATURE:
             self._state = state
-        return tokens, logprobs if wanted & LOGPROBS else None
+        return tokens, logprobs if wanted & Feature.LOGPROBS.value else None
 
     def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
         """The outputs of the last step of this shape, to be overwritten; None where none are kept."""

@@ -30,7 +30,7 @@ from jaxengine.runner.programs import (
     warmup_programs,
 )
 from jaxengine.runner.step_handle import StepShape
-from jaxengine.sampling.sampler import WIDE, LogitsProcessor
+from jaxengine.sampling.sampler import Feature, LogitsProcessor
 from jaxengine.sharding.distributed import least_of_all_processes
 
 # A step may run in a larger bucket than it needs while its own is being compiled, but not in one much larger.
@@ -60,7 +60,7 @@ class StepPrograms:
         self.context = ProgramContext.make(model, config, mesh)
         self.buckets = self.context.buckets
         self.processors: tuple[LogitsProcessor, ...] = config.logits_processors
-        self.always_wanted = WIDE if config.model.tensor_parallel_size > 1 else 0
+        self.always_wanted: int = Feature.WIDE.value if config.model.tensor_parallel_size > 1 else 0
         self._steps = {bucket: ModelStep(bucket) for bucket in self.buckets}
         most = config.scheduler.max_num_seqs
         self._full_steps = [
@@ -68,7 +68,7 @@ class StepPrograms:
             for bucket, step in self._steps.items()
             if bucket.num_seqs == min(bucket.num_tokens, most) and not bucket.decode_only
         ]
-        self._repeated_features = repeated_features(self.context)
+        self._repeated_features = [(x, ~x.value) for x in repeated_features(self.context)]
         self._repeated_buckets = repeated_buckets(self.context)
         self._lowering_pool: LoweringPool | None = None
         if not config.num_pages:
@@ -201,7 +201,7 @@ class StepPrograms:
             bucket: The shape.
             wanted: Features of the rows.
         """
-        features = next((f for f in self._repeated_features if not wanted & ~f), None)
+        features = next((x for x, others in self._repeated_features if not wanted & others), None)
         if features is None or bucket not in self._repeated_buckets:
             return None
         key = RepeatedStep(bucket, features)

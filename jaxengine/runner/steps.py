@@ -15,7 +15,7 @@ from jax import lax
 from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.sampling.logprobs import Logprobs, gather_logprobs
-from jaxengine.sampling.sampler import LogitsProcessor, greedy, record_last, sample
+from jaxengine.sampling.sampler import Feature, LogitsProcessor, greedy, record_last, sample
 from jaxengine.sampling.state import SamplingState
 
 PROMPT_LOGPROB_ROWS = 32  # rows whose logits are alive together
@@ -109,7 +109,7 @@ def make_repeat(forward: Callable[..., Any], sampler: Callable[..., Any] | None,
     return repeat
 
 
-def make_sampler(layout: RowLayout, *, features: int, processors: Sequence[LogitsProcessor], num_top: int):
+def make_sampler(layout: RowLayout, *, features: Feature, processors: Sequence[LogitsProcessor], num_top: int):
     """The sampler of steps of S sequences that ask for no other features than these.
 
     Args:

@@ -10,7 +10,7 @@ from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.model_runner import ModelRunner
 from jaxengine.runner.programs import RepeatedStep, base
 from jaxengine.runner.step_handle import StepShape
-from jaxengine.sampling.sampler import AMONG_FEW, FILTER, PENALTIES, RANDOM, WIDE
+from jaxengine.sampling.sampler import AMONG_FEW, Feature
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 24
@@ -119,12 +119,12 @@ def test_several_steps_in_one_call(tiny, monkeypatch):
         programs = llm.llm_engine.core.runner.programs
         programs.wait_until_compiled(programs.compile_ahead([StepShape(4, 4, True)]))
         assert programs.repeated(Bucket(4, 4), 0) is not None
-        for features in (AMONG_FEW, RANDOM | FILTER | WIDE):
+        for features in (AMONG_FEW, Feature.RANDOM | Feature.FILTER | Feature.WIDE):
             assert programs.repeated(Bucket(4, 4), features) is None  # no step waits for it
             programs.wait_until_compiled([RepeatedStep(Bucket(4, 4), features)])
         assert answers(llm, [NUM_REPEATS] * 4) == want
         assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
-        assert programs.repeated(Bucket(4, 4), PENALTIES) is None  # whose counts a loop does not keep
+        assert programs.repeated(Bucket(4, 4), Feature.PENALTIES) is None  # whose counts a loop does not keep
         assert programs.repeated(Bucket(32, 8), 0) is None  # which holds prompts
     with LLM(str(tiny), **few, num_scheduler_steps=3) as llm:
         assert llm.llm_engine.core.runner.programs.repeated(Bucket(4, 4), 0) is None

@@ -36,6 +36,7 @@ from jaxengine.runner.programs import (
 )
 from jaxengine.runner.programs.base import PROMPTS
 from jaxengine.runner.step_programs import StepPrograms
+from jaxengine.sampling.sampler import Feature
 
 
 @pytest.fixture
@@ -66,8 +67,8 @@ def test_keys_are_small_and_mean_the_same_elsewhere(engine):
 
 
 def test_users_functions_have_no_name_in_other_processes():
-    assert Sampler(4, 1, ()).can_be_stored
-    assert not Sampler(4, 1, (lambda logits, state: logits,)).can_be_stored
+    assert Sampler(4, Feature.RANDOM, ()).can_be_stored
+    assert not Sampler(4, Feature.RANDOM, (lambda logits, state: logits,)).can_be_stored
 
 
 def test_what_steps_need_first_is_compiled_first(engine):

@@ -23,7 +23,7 @@ from jaxengine.runner.programs.base import (
 )
 from jaxengine.runner.programs.sampler import feature_sets
 from jaxengine.runner.steps import ForwardOutputs, make_forward, make_repeat, make_sampler
-from jaxengine.sampling.sampler import EVERY_FEATURE, FILTER, LogitsProcessor
+from jaxengine.sampling.sampler import EVERY_FEATURE, GREEDY, Feature, LogitsProcessor
 
 # What "lazy" compiles ahead: the first small bucket, and the decode of one request.
 LAZY_SHAPES = 2
@@ -66,10 +66,10 @@ class ModelStep(Program):
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedStep(Program):
-    """A decode step that is run `NUM_REPEATS` times in one call, its sampler included; `features` 0 stands for none."""
+    """A decode step that is run `NUM_REPEATS` times in one call, with its sampler if there are features."""
 
     bucket: Bucket
-    features: int = 0
+    features: Feature = GREEDY
 
     def define(self, context: ProgramContext) -> Definition:
         layout = context.layouts[self.bucket]
@@ -92,9 +92,9 @@ class RepeatedStep(Program):
                     yield (LOOPS, index), cls(bucket, features)
 
 
-def repeated_features(context: ProgramContext) -> list[int]:
-    """Returns the sets of features whose steps are run several times in one call; 0 is greedy steps'."""
-    return [0, *(f for f in feature_sets(context) if f & FILTER and f != EVERY_FEATURE)]
+def repeated_features(context: ProgramContext) -> list[Feature]:
+    """Returns the sets of features whose steps are run several times in one call; none is greedy steps'."""
+    return [GREEDY, *(f for f in feature_sets(context) if f & Feature.FILTER and f != EVERY_FEATURE)]
 
 
 def repeated_buckets(context: ProgramContext) -> frozenset[Bucket]:

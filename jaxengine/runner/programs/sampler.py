@@ -20,15 +20,15 @@ from jaxengine.runner.programs.base import (
     Rank,
 )
 from jaxengine.runner.steps import make_sampler
-from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, WIDE, LogitsProcessor, mask_logits
+from jaxengine.sampling.sampler import EVERY_FEATURE, FEATURE_SETS, Feature, LogitsProcessor, mask_logits
 from jaxengine.sampling.state import SamplingState, SlotValues, set_slot
 
 
-def feature_sets(context: ProgramContext) -> list[int]:
+def feature_sets(context: ProgramContext) -> list[Feature]:
     """Returns the sets of features that this engine has samplers for."""
     # Devices that share the vocabulary would exchange logits to find the largest few.
     is_shared = context.config.model.tensor_parallel_size > 1
-    return [features for features in FEATURE_SETS if features & WIDE or not is_shared]
+    return [features for features in FEATURE_SETS if features & Feature.WIDE or not is_shared]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sampler(Program):
     """The sampler of so many sequences, with the features of one set and users' functions."""
 
     num_seqs: int
-    features: int
+    features: Feature
     processors: tuple[LogitsProcessor, ...]
 
     def define(self, context: ProgramContext) -> Definition:
