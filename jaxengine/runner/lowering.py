@@ -90,8 +90,8 @@ def bytes_beside_cache(
 
     with ThreadPoolExecutor() as pool:
         used = sum(pool.map(measure, (step, sampler)))
-    held = [x for bucket in buckets for x in jax.tree.leaves(context.arrays.abstract_held(bucket))]
-    return context.weight_bytes() + used + sum(bytes_on_a_device(x, x.sharding) for x in held)
+    reused_outputs = [x for bucket in buckets for x in jax.tree.leaves(context.arrays.abstract_reused_outputs(bucket))]
+    return context.weight_bytes() + used + sum(bytes_on_a_device(x, x.sharding) for x in reused_outputs)
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from jaxengine.models.causal_lm import CausalLM
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.compiler import release_free_memory
 from jaxengine.runner.input_batch import ALL_BUT_MIN_TOKENS, SlotTable, advance, order_rows, pack, prompt_targets
-from jaxengine.runner.memory import keep_small_places
+from jaxengine.runner.memory import reserve_small_blocks
 from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetSlot
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
@@ -60,7 +60,7 @@ class ModelRunner:
         self._caches: list = []
         self._state: Any = None
         self._last_token: Any = None
-        self._held_outputs: dict[Bucket, ForwardOutputs | None] = {}
+        self._reused_outputs: dict[Bucket, ForwardOutputs | None] = {}
         self._walls: list[jax.Array] = []
         self._released = time.monotonic()
 
@@ -124,7 +124,7 @@ class ModelRunner:
         self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket, packed: np.ndarray
     ) -> ForwardStep:
         forward = self.programs.step(bucket)
-        args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_held(bucket)
+        args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_reused_outputs(bucket)
         self._caches, self._last_token, tokens, outputs = forward(*args)
         return ForwardStep(batches, orders, bucket, packed, tokens, outputs)
 
@@ -139,8 +139,8 @@ class ModelRunner:
 
     def _outputs(self, step: ForwardStep, *, has_masks: bool = False) -> StepOutputs:
         batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
-        if self._held_outputs[bucket] is not None:
-            self._held_outputs[bucket] = outputs
+        if self._reused_outputs[bucket] is not None:
+            self._reused_outputs[bucket] = outputs
         tokens, logprobs = self._sample(step, has_masks=has_masks)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
@@ -182,15 +182,15 @@ class ModelRunner:
             self._state = state
         return tokens, logprobs if wanted & Feature.LOGPROBS.value else None
 
-    def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
+    def _take_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
         """The outputs of the last step of this shape, to be overwritten; None where none are kept."""
-        if bucket not in self._held_outputs:
-            self._held_outputs[bucket] = self._arrays.make_held(bucket)
-        return self._held_outputs[bucket]
+        if bucket not in self._reused_outputs:
+            self._reused_outputs[bucket] = self._arrays.make_reused_outputs(bucket)
+        return self._reused_outputs[bucket]
 
     def _put_own(self, x: np.ndarray) -> jax.Array | np.ndarray:
         """An argument whose first axis the shards share out."""
-        return self._place.put(x, self._place.shards())
+        return self._place.put(x, self._place.shards_sharding())
 
     def _take_slot(self, shard: int, sequence: ScheduledSequence) -> None:
         request = sequence.request
@@ -206,7 +206,7 @@ class ModelRunner:
             values = jax.tree.map(lambda x: place.put(x, place.replicated()), values)
             slots = np.full(len(self._slots), self.config.scheduler.max_num_seqs, np.int32)  # out of range: none
             slots[shard] = sequence.slot
-            self._state = set_slot_compiled(self._state, place.put(slots, place.shards()), values)
+            self._state = set_slot_compiled(self._state, place.put(slots, place.shards_sharding()), values)
 
     def _processor_bits(self, processors) -> int:
         new = tuple(p for p in processors if p not in self.programs.processors)
@@ -239,7 +239,7 @@ class ModelRunner:
         self._state, self._last_token = self._arrays.make_state()
         if self.config.platform == "gpu":
             largest = max(layout.size for layout in self._layouts.values()) * np.dtype(np.int32).itemsize
-            self._walls = keep_small_places(lambda x: self._place.array(x, self._place.replicated()), largest)
+            self._walls = reserve_small_blocks(lambda x: self._place.array(x, self._place.replicated()), largest)
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
@@ -253,7 +253,7 @@ class ModelRunner:
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
         self._leaves, self._caches, self._state, self._last_token = None, [], None, None
-        self._held_outputs.clear()
+        self._reused_outputs.clear()
         self._walls.clear()
 
     @property

@@ -92,7 +92,9 @@ class ProgramContext:
     def abstract_logits(self, num_seqs: int) -> jax.ShapeDtypeStruct:
         """Logits, f32[S, V] of each shard, as one program hands them to the next."""
         vocab_size = self.arrays.vocab_size
-        return abstract(self.arrays.own((num_seqs, vocab_size), jnp.float32), self.place.columns(vocab_size))
+        return abstract(
+            self.arrays.per_shard((num_seqs, vocab_size), jnp.float32), self.place.columns_sharding(vocab_size)
+        )
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on one device."""

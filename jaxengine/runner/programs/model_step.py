@@ -42,17 +42,17 @@ class ModelStep(Program):
         arrays, place = context.arrays, context.place
         layout = context.layouts[self.bucket]
         leaves, caches, last_token = _carried(context)
-        outputs = ForwardOutputs(place.columns(arrays.vocab_size), place.shards())  # pyright: ignore[reportArgumentType]
+        outputs = ForwardOutputs(place.columns_sharding(arrays.vocab_size), place.shards_sharding())  # pyright: ignore[reportArgumentType]
         return Definition(
             _forward(self.bucket, context),
             (
                 leaves,
                 caches,
                 last_token,
-                Argument(arrays.own((layout.size,))),
-                Argument(arrays.abstract_held(self.bucket), is_donated=True),
+                Argument(arrays.per_shard((layout.size,))),
+                Argument(arrays.abstract_reused_outputs(self.bucket), is_donated=True),
             ),
-            (*_shardings(caches, last_token), place.outputs(), outputs),
+            (*_shardings(caches, last_token), place.outputs_sharding(), outputs),
         )
 
     @classmethod
@@ -79,8 +79,8 @@ class RepeatedStep(Program):
         leaves, caches, last_token = _carried(context)
         return Definition(
             make_repeat(_forward(self.bucket, context), sampler, layout.rows_start, NUM_REPEATS),
-            (leaves, caches, last_token, Argument(context.arrays.own((NUM_REPEATS * layout.size,)))),
-            (*_shardings(caches, last_token), context.place.outputs()),
+            (leaves, caches, last_token, Argument(context.arrays.per_shard((NUM_REPEATS * layout.size,)))),
+            (*_shardings(caches, last_token), context.place.outputs_sharding()),
         )
 
     @classmethod
@@ -115,7 +115,7 @@ def _carried(context: ProgramContext) -> tuple[Argument, Argument, Argument]:
     """The first arguments of both: parameters, caches, and the token sampled last in each slot."""
     arrays = context.arrays
     caches = jax.eval_shape(lambda: arrays.make_caches(context.num_pages))
-    caches = jax.tree.map(lambda x: abstract(x, context.place.heads()), caches)
+    caches = jax.tree.map(lambda x: abstract(x, context.place.heads_sharding()), caches)
     _, last_token = arrays.abstract_state()
     leaves = Argument(context.abstract_leaves(), is_shared=True)
     return leaves, Argument(caches, is_donated=True), Argument(last_token, is_donated=True)

@@ -18,12 +18,12 @@ class PromptLogprobs(Program):
 
     def define(self, context: ProgramContext) -> Definition:
         config, arrays = context.config, context.arrays
-        hidden = arrays.own((self.num_tokens, config.model.hidden_size), config.dtype)
+        hidden = arrays.per_shard((self.num_tokens, config.model.hidden_size), config.dtype)
         leaves = Argument(context.abstract_leaves(), is_shared=True)
         return Definition(
             make_prompt_logprobs(context.model, config.max_logprobs),
-            (leaves, Argument(hidden), Argument(arrays.own((self.num_tokens,)))),
-            context.place.outputs(),
+            (leaves, Argument(hidden), Argument(arrays.per_shard((self.num_tokens,)))),
+            context.place.outputs_sharding(),
         )
 
     @classmethod

@@ -44,7 +44,7 @@ class Sampler(Program):
         num_top = context.config.max_logprobs
         has_state = self.features == EVERY_FEATURE
         state, last_token = arrays.abstract_state()
-        state, outputs = state if has_state else None, context.place.outputs()
+        state, outputs = state if has_state else None, context.place.outputs_sharding()
         shardings = jax.tree.map(lambda x: x.sharding, (state, last_token))
         return Definition(
             make_sampler(rows, features=self.features, processors=self.processors, num_top=num_top),
@@ -52,7 +52,7 @@ class Sampler(Program):
                 Argument(state, is_donated=True),
                 Argument(last_token, is_donated=True),
                 Argument(context.abstract_logits(self.num_seqs)),
-                Argument(arrays.own((rows.size,))),
+                Argument(arrays.per_shard((rows.size,))),
             ),
             (*shardings, outputs, outputs if has_state else None),
         )
@@ -76,7 +76,7 @@ class GrammarMask(Program):
 
     def define(self, context: ProgramContext) -> Definition:
         logits = context.abstract_logits(self.num_seqs)
-        bitmask = context.arrays.own((self.num_seqs, context.arrays.num_mask_words))
+        bitmask = context.arrays.per_shard((self.num_seqs, context.arrays.num_mask_words))
         return Definition(mask_logits, (Argument(logits, is_donated=True), Argument(bitmask)), logits.sharding)
 
     @classmethod
@@ -97,7 +97,7 @@ class SetSlot(Program):
         values = jax.tree.map(lambda x: abstract(x, replicated), values)
         return Definition(
             _set_own_slot,
-            (Argument(state, is_donated=True), Argument(arrays.own((1,))), Argument(values, is_shared=True)),
+            (Argument(state, is_donated=True), Argument(arrays.per_shard((1,))), Argument(values, is_shared=True)),
             jax.tree.map(lambda x: x.sharding, state),
         )
 
