@@ -22,7 +22,7 @@ from jaxengine.runner.step_handle import StepShape
 
 if TYPE_CHECKING:
     from jaxengine.llm import LLM
-    from jaxengine.runner.programs import ProgramKey
+    from jaxengine.runner.programs import Program
 
 FIRST_TOKEN_RUNS = 5
 """Runs of a single request, of which the median counts: each takes milliseconds."""
@@ -139,7 +139,7 @@ class GpuPreset:
     def _compile(self, llm: LLM, rows: Sequence[GpuRow], about: dict[str, Any]) -> dict[GpuRow, str]:
         """Compiles what the rows need, all at once; returns why some cannot run."""
         programs = llm.llm_engine.core.runner.programs
-        keys: dict[GpuRow, list[ProgramKey]] = {}
+        keys: dict[GpuRow, list[Program]] = {}
         errors: dict[GpuRow, str] = {}
         started = time.perf_counter()
         for row in rows:

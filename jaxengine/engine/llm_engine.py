@@ -162,7 +162,7 @@ class LLMEngine:
         """Takes the device memory back; after a sleep of level 2 the weights are loaded anew."""
         from jaxengine.engine.build import load_weights
 
-        mesh = self.core.runner.programs.place.mesh
+        mesh = self.core.runner.programs.context.place.mesh
         self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config, mesh))
 
     @property

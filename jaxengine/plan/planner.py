@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxengine.config import EngineConfig
     from jaxengine.runner.buckets import Bucket
-    from jaxengine.runner.step_programs import StepPrograms
+    from jaxengine.runner.programs import ProgramContext
 
 PLACEHOLDER_PAGES = 1024
 """Pages that steps are compiled with: how many there are changes nothing but the size of an argument."""
@@ -125,11 +125,29 @@ def make_plan(
     Raises:
         ValueError: There are fewer devices than it takes.
     """
-    from jaxengine.models.registry import abstract_model
-    from jaxengine.runner.memory import page_bytes
-    from jaxengine.runner.programs import SamplerKey, temporary_bytes
-    from jaxengine.runner.step_programs import StepPrograms
+    from jaxengine.runner.lowering import compile_program, temporary_bytes
+    from jaxengine.runner.programs import Sampler
     from jaxengine.sampling.sampler import EVERY_FEATURE
+
+    engine = _program_context(config, target, devices)
+    plan = _empty_plan(config, target, devices, chip, context, engine.weight_bytes())
+    all_buckets = engine.buckets
+    buckets = all_buckets if every_step else _main_buckets(all_buckets)
+    for number, bucket in enumerate(buckets, 1):
+        progress(f"step {number} of {len(buckets)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
+        plan.steps.append(_plan_step(engine, bucket, chip, context))
+    progress("the sampler ...")
+    sampler = compile_program(Sampler(all_buckets[-1].num_seqs, EVERY_FEATURE, ()), engine)
+    plan.sampler_bytes = temporary_bytes(sampler)
+    plan.sampler_collectives = _collectives(sampler)
+    plan.num_pages = max(plan.memory_bytes - plan.weight_bytes - plan.largest_temporaries, 0) // plan.page_bytes
+    return plan
+
+
+def _program_context(config: EngineConfig, target: str, devices: list[Any]) -> ProgramContext:
+    """What the steps are compiled for: the model over as many of the devices as it takes."""
+    from jaxengine.models.registry import abstract_model
+    from jaxengine.runner.programs import ProgramContext
     from jaxengine.sharding.mesh import make_mesh
 
     num_shards, size = config.data_parallel_size, config.model.tensor_parallel_size
@@ -137,32 +155,27 @@ def make_plan(
         shards = f"data_parallel_size={num_shards} x " if num_shards > 1 else ""
         raise ValueError(f"{shards}tensor_parallel_size={size}: {target} has {len(devices)} devices")
     model = abstract_model(config.model, config.dtype, config.weight_dtype)
-    programs = StepPrograms(model, config, make_mesh(num_shards, size, devices=devices))
-    try:
-        plan = Plan(
-            target=target,
-            device_kind=devices[0].device_kind,
-            num_devices=len(devices),
-            tensor_parallel_size=size,
-            block_size=config.block_size,
-            max_model_len=config.scheduler.max_model_len,
-            context=context,
-            weight_bytes=programs.weight_bytes(),
-            page_bytes=page_bytes(config),
-            memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
-        )
-        buckets = programs.buckets if every_step else _main_buckets(programs.buckets)
-        for number, bucket in enumerate(buckets, 1):
-            progress(f"step {number} of {len(buckets)}: {bucket.num_tokens} tokens, {bucket.num_seqs} sequences ...")
-            plan.steps.append(_plan_step(programs, bucket, config, chip, context))
-        progress("the sampler ...")
-        sampler = programs.compile_program(SamplerKey(programs.buckets[-1].num_seqs, EVERY_FEATURE, ()))
-        plan.sampler_bytes = temporary_bytes(sampler)
-        plan.sampler_collectives = _collectives(sampler)
-    finally:
-        programs.close()
-    plan.num_pages = max(plan.memory_bytes - plan.weight_bytes - plan.largest_temporaries, 0) // plan.page_bytes
-    return plan
+    return ProgramContext.make(model, config, make_mesh(num_shards, size, devices=devices))
+
+
+def _empty_plan(
+    config: EngineConfig, target: str, devices: list[Any], chip: Chip, context: int, weight_bytes: int
+) -> Plan:
+    """A plan before anything is compiled."""
+    from jaxengine.runner.memory import page_bytes
+
+    return Plan(
+        target=target,
+        device_kind=devices[0].device_kind,
+        num_devices=len(devices),
+        tensor_parallel_size=config.model.tensor_parallel_size,
+        block_size=config.block_size,
+        max_model_len=config.scheduler.max_model_len,
+        context=context,
+        weight_bytes=weight_bytes,
+        page_bytes=page_bytes(config),
+        memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
+    )
 
 
 def _main_buckets(buckets: list[Bucket]) -> list[Bucket]:
@@ -172,11 +185,13 @@ def _main_buckets(buckets: list[Bucket]) -> list[Bucket]:
     return list(dict.fromkeys([decodes[0], decodes[-1], largest[0], largest[-1]]))
 
 
-def _plan_step(programs: StepPrograms, bucket: Bucket, config: EngineConfig, chip: Chip, context: int) -> StepPlan:
-    from jaxengine.runner.programs import temporary_bytes
+def _plan_step(engine: ProgramContext, bucket: Bucket, chip: Chip, context: int) -> StepPlan:
+    from jaxengine.runner.lowering import compile_program, temporary_bytes
+    from jaxengine.runner.programs import ModelStep
 
+    config = engine.config
     started = time.perf_counter()
-    compiled = programs.compile_program(bucket)
+    compiled = compile_program(ModelStep(bucket), engine)
     seconds = time.perf_counter() - started
     read_bytes = decode_bytes(config, bucket.num_seqs, context)
     flops = _flops(config, bucket, context)

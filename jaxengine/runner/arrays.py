@@ -19,7 +19,7 @@ from jaxengine.sampling.state import SamplingState, make_sampling_state
 
 # On a GPU, decodes of up to so many sequences keep their outputs for the next step to overwrite: larger steps take
 # longer than the host does, and their logits much memory.
-HELD_SEQS = 64
+MAX_REUSED_SEQS = 64
 
 
 class StepArrays:
@@ -38,24 +38,24 @@ class StepArrays:
         self.num_mask_words = -(-self.vocab_size // 32)
         self._num_caches = 1 if is_stacked else config.model.num_layers
 
-    def own(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+    def per_shard(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         """What every shard has so much of, one part after the other."""
         shape = (self.place.num_shards * shape[0], *shape[1:])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place.shards())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place.shards_sharding())
 
     def abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
         """The sampling state, and the token sampled last in each slot."""
         state = jax.eval_shape(self._empty_slots)
         state = jax.tree.map(abstract, state, self.place.sampling_state(state, self.vocab_size))
-        return state, self.own((self.config.scheduler.max_num_seqs,))
+        return state, self.per_shard((self.config.scheduler.max_num_seqs,))
 
-    def abstract_held(self, bucket: Bucket) -> ForwardOutputs | None:
+    def abstract_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
         """The outputs that a step of this shape overwrites; None for one that does not."""
-        if self.config.platform != "gpu" or not bucket.decode_only or bucket.num_seqs > HELD_SEQS:
+        if self.config.platform != "gpu" or not bucket.decode_only or bucket.num_seqs > MAX_REUSED_SEQS:
             return None
-        logits = self.own((bucket.num_seqs, self.vocab_size), jnp.float32)
-        hidden = self.own((bucket.num_tokens, self.config.model.hidden_size), self.config.dtype)
-        return ForwardOutputs(abstract(logits, self.place.columns(self.vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
+        logits = self.per_shard((bucket.num_seqs, self.vocab_size), jnp.float32)
+        hidden = self.per_shard((bucket.num_tokens, self.config.model.hidden_size), self.config.dtype)
+        return ForwardOutputs(abstract(logits, self.place.columns_sharding(self.vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
 
     def sums_over_peers(self, num_tokens: int) -> bool:
         """Whether the devices that share the model hand each other their parts of sums [T, D] in a kernel of ours."""
@@ -66,19 +66,19 @@ class StepArrays:
         """The layers' caches of so many pages a shard; then the workspace of sums over devices, if a step has any."""
         config, place = self.config, self.place
         num_pages = place.num_shards * num_pages * config.model.num_layers // self._num_caches
-        where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads()}
+        where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads_sharding()}
         caches: list[KVCache | Workspace] = [
             make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(self._num_caches)
         ]
-        sharding = place.heads()
+        sharding = place.heads_sharding()
         if sharding is not None and self.sums_over_peers(1):
             caches.append(make_workspace(place.size, self.config.model.hidden_size, config.dtype, sharding))
         return caches
 
-    def make_held(self, bucket: Bucket) -> ForwardOutputs | None:
-        """What `abstract_held` tells of, for the first step of that shape."""
-        held = self.abstract_held(bucket)
-        return jax.tree.map(lambda x: self.place.array(np.zeros(x.shape, x.dtype), x.sharding), held)
+    def make_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
+        """What `abstract_reused_outputs` tells of, for the first step of that shape."""
+        reused_outputs = self.abstract_reused_outputs(bucket)
+        return jax.tree.map(lambda x: self.place.array(np.zeros(x.shape, x.dtype), x.sharding), reused_outputs)
 
     def make_state(self) -> tuple[SamplingState, jax.Array]:
         """What `abstract_state` tells of, for empty slots."""

@@ -12,23 +12,12 @@ from jax import lax
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 from jaxengine.runner.buckets import Bucket
 from jaxengine.sampling.filters import FEW
-from jaxengine.sampling.sampler import (
-    BAD_WORDS,
-    FILTER,
-    LARGE_K,
-    LOGPROBS,
-    MIN_TOKENS,
-    PENALTIES,
-    PROCESSORS,
-    RANDOM,
-    TOKEN_RULES,
-    WIDE,
-    SamplingRows,
-)
+from jaxengine.sampling.sampler import GREEDY, Feature, SamplingRows
 from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 
 INT_FIELDS = ("slot", "samples", "features", "processors", "seed", "position", "top_k")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+ALL_BUT_MIN_TOKENS = ~Feature.MIN_TOKENS.value
 
 
 class StepInputs(NamedTuple):
@@ -154,7 +143,7 @@ class SlotTable:
         self._rows = np.zeros(self._layout.size, np.int32)
         self.min_tokens = np.zeros(num_slots, np.int32)
 
-    def take(self, sequence: ScheduledSequence, seed: int, processors: int) -> int:
+    def take(self, sequence: ScheduledSequence, seed: int, processors: int) -> Feature:
         """Fills a slot for the request that has taken it; returns the request's features."""
         params, slot = sequence.request.sampling_params, sequence.slot
         self.num_pages[slot] = 0
@@ -193,25 +182,29 @@ class SlotTable:
                 num_pages[slot] = len(page_ids)
 
 
-def request_features(params) -> int:
-    """The bits of `SamplingRows.features` that sampling parameters ask for."""
-    features = 0
+def request_features(params) -> Feature:
+    """What sampling parameters ask for."""
+    features = GREEDY
     if not params.is_greedy:
-        features |= RANDOM
+        features |= Feature.RANDOM
         if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-            features |= FILTER
+            features |= Feature.FILTER
         if not 0 < params.top_k <= FEW:
-            features |= WIDE
+            features |= Feature.WIDE
         if params.top_k > FEW:
-            features |= LARGE_K
+            features |= Feature.LARGE_K
     if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
-        features |= PENALTIES
+        features |= Feature.PENALTIES
     if params.logit_bias or params.allowed_token_ids is not None:
-        features |= TOKEN_RULES
-    features |= MIN_TOKENS if params.min_tokens > 0 else 0
-    features |= BAD_WORDS if params.bad_words_token_ids else 0
-    features |= LOGPROBS if params.logprobs is not None else 0
-    features |= PROCESSORS if params.logits_processors else 0
+        features |= Feature.TOKEN_RULES
+    if params.min_tokens > 0:
+        features |= Feature.MIN_TOKENS
+    if params.bad_words_token_ids:
+        features |= Feature.BAD_WORDS
+    if params.logprobs is not None:
+        features |= Feature.LOGPROBS
+    if params.logits_processors:
+        features |= Feature.PROCESSORS
     return features
 
 
@@ -262,7 +255,7 @@ def advance(
         fields["token_ids"][:] = -1
         for name in ("positions", "kv_lens", "position"):
             fields[name] += 1
-        fields["features"][fields["position"] >= slots.min_tokens[fields["slot"]]] &= ~MIN_TOKENS
+        fields["features"][fields["position"] >= slots.min_tokens[fields["slot"]]] &= ALL_BUT_MIN_TOKENS
     return packed
 
 
@@ -305,7 +298,7 @@ def _pack_one(
     views["samples"][:num_seqs] = samples
     views["position"][:num_seqs] = outputs
     features = views["features"][:num_seqs]
-    features[outputs >= slots.min_tokens[slot_ids]] &= ~MIN_TOKENS
+    features[outputs >= slots.min_tokens[slot_ids]] &= ALL_BUT_MIN_TOKENS
     features[~samples] = 0
 
 

@@ -22,9 +22,11 @@ from typing import Any
 import jax
 
 from jaxengine.config import EngineConfig
+from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.target import num_cores, target_device
-from jaxengine.runner.program_store import jax_options
-from jaxengine.runner.programs import ProgramKey
+from jaxengine.runner.lowering import lower
+from jaxengine.runner.program_store import jax_options, open_store
+from jaxengine.runner.programs import Program, ProgramContext
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def choose_num_processes(num_programs: int) -> int:
     return min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, num_programs // PROGRAMS_A_PROCESS)
 
 
-def start_pool(config: EngineConfig, keys: Iterable[ProgramKey]) -> LoweringPool | None:
+def start_pool(config: EngineConfig, keys: Iterable[Program]) -> LoweringPool | None:
     """Starts processes for programs, if that is worth some, by default on GPUs only; elsewhere nobody counts `keys`."""
     number = config.num_lowering_processes
     if number == 0 or (number is None and config.platform != "gpu"):
@@ -89,9 +91,7 @@ class LoweringPool:
         if self._job is not None:
             return
         # Functions of users stay here: they need not be importable elsewhere.
-        config = dataclasses.replace(
-            config, num_pages=num_pages, warmup="none", logits_processors=(), num_lowering_processes=0
-        )
+        config = dataclasses.replace(config, num_pages=num_pages, logits_processors=())
         device = target_device()
         about = device.device_kind, device.platform, num_cores(device)
         self._job = Job(config, jax_options(), jax.config.jax_compilation_cache_dir, about)
@@ -110,7 +110,7 @@ class LoweringPool:
         self._free.put(process)
 
     @contextlib.contextmanager
-    def turn(self, key: ProgramKey) -> Iterator[None]:
+    def turn(self, key: Program) -> Iterator[None]:
         """Waits for whoever is free. Inside, the program is in the store, or else it is this process's turn."""
         process = None if self._closed else self._free.get()
         if process is None:
@@ -160,7 +160,7 @@ class _Process:
         )
         theirs.close()
 
-    def ask(self, what: Job | ProgramKey) -> None:
+    def ask(self, what: Job | Program) -> None:
         """Sends it something, and waits until that is done.
 
         Raises:
@@ -179,9 +179,6 @@ class _Process:
 
 def main(pipe: Connection) -> None:
     """Lowers what is asked for until the other end is closed."""
-    from jaxengine.models.registry import abstract_model
-    from jaxengine.runner.step_programs import StepPrograms
-
     os.nice(10)
     job: Job = pipe.recv()
     for name, value in {**job.options, "jax_compilation_cache_dir": job.cache_folder}.items():
@@ -190,12 +187,13 @@ def main(pipe: Connection) -> None:
     device = jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=cores)
     config = job.config
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        programs = StepPrograms(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+        context = ProgramContext.make(abstract_model(config.model, config.dtype, config.weight_dtype), config)
+        store = open_store(config, context.num_pages)
         pipe.send(None)
         while True:
             key = pipe.recv()
             try:
-                programs.lower(key)
+                lower(key, context, store)
             except Exception:  # the engine's process, which finds nothing in the store, raises it again
                 logger.debug("%s was not lowered", key, exc_info=True)
             pipe.send(None)

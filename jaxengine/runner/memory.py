@@ -23,8 +23,8 @@ MARGIN = 0.03
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 JAX_FRACTION = 0.75  # of a GPU's memory, which JAX takes at its start unless that variable says otherwise
 # For small arrays, of each size: two steps are under way at once, each with inputs, tokens and what a sampler takes.
-NUM_PLACES = 8
-MIN_PLACE_BYTES = 1024
+NUM_BLOCKS = 8
+MIN_BLOCK_BYTES = 1024
 WALL_BYTES = 256  # the least that JAX's allocator gives out
 
 
@@ -69,14 +69,14 @@ def check_pool(stats: Mapping[str, int]) -> None:
     )
 
 
-def keep_small_places(put: Callable[[np.ndarray], jax.Array], largest: int) -> list[jax.Array]:
-    """Leaves places for a step's inputs and tokens on a GPU, so that they are never where its temporaries were.
+def reserve_small_blocks(put: Callable[[np.ndarray], jax.Array], largest: int) -> list[jax.Array]:
+    """Reserves blocks for a step's inputs and tokens on a GPU, so that they are never where its temporaries were.
 
     A step is a CUDA graph that has the addresses of its arrays in it. XLA writes those of its parts anew whose arrays
     are elsewhere than in the step before: for the inputs 0.05 ms on the host, for the temporaries, which all parts
     use, 0.5 to 0.9 ms with Qwen3-0.6B (H200, jax 0.11.2, 2026-11-26). Temporaries are freed once a step is on its way
     and allocated again for the next, and any small array that comes or goes between shifts them. JAX's allocator takes
-    the smallest free place that an array fits into: so there are places of each power of two, with arrays between that
+    the smallest free block that an array fits into: so there are blocks of each power of two, with arrays between that
     keep them from growing together.
 
     Args:
@@ -84,15 +84,15 @@ def keep_small_places(put: Callable[[np.ndarray], jax.Array], largest: int) -> l
         largest: Bytes of the largest small array.
 
     Returns:
-        The arrays between, which are to be kept as long as the places.
+        The arrays between, which are to be kept as long as the blocks.
     """
-    sizes = [MIN_PLACE_BYTES]
+    sizes = [MIN_BLOCK_BYTES]
     while sizes[-1] < largest:
         sizes.append(2 * sizes[-1])
     pairs = [
         (put(np.zeros(size, np.int8)), put(np.zeros(WALL_BYTES, np.int8)))
         for size in reversed(sizes)
-        for _ in range(NUM_PLACES)
+        for _ in range(NUM_BLOCKS)
     ]
     return [wall for _, wall in jax.block_until_ready(pairs)]
 

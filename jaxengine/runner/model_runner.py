@@ -16,14 +16,14 @@ from jaxengine.config import EngineConfig
 from jaxengine.host_memory import release_free_memory
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
-from jaxengine.runner.input_batch import SlotTable, advance, order_rows, pack, prompt_targets
-from jaxengine.runner.memory import keep_small_places
-from jaxengine.runner.programs import MaskKey, PromptLogprobsKey, SamplerKey, SetSlotKey
+from jaxengine.runner.input_batch import ALL_BUT_MIN_TOKENS, SlotTable, advance, order_rows, pack, prompt_targets
+from jaxengine.runner.memory import reserve_small_blocks
+from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetSlot
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
 from jaxengine.runner.steps import FlatModel, ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
-from jaxengine.sampling.sampler import EVERY_FEATURE, LOGPROBS, MIN_TOKENS, RANDOM, USES_STATE, feature_set
+from jaxengine.sampling.sampler import EVERY_FEATURE, USES_STATE, Feature, feature_set
 from jaxengine.sampling.state import slot_values
 from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 from jaxengine.sharding.distributed import is_multiprocess
@@ -49,23 +49,24 @@ class ModelRunner:
         """Takes the programs, which may still be compiling; `load` brings the weights."""
         self.programs = programs
         self.config: EngineConfig = programs.config
-        self._layouts, self._place, self._arrays = programs.layouts, programs.place, programs.arrays
+        context = programs.context
+        self._layouts, self._place, self._arrays = context.layouts, context.place, context.arrays
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._slots = [
-            SlotTable(self.config.scheduler.max_num_seqs, programs.table_width, self.config.model.vocab_size)
+            SlotTable(self.config.scheduler.max_num_seqs, context.table_width, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
         self._caches: list = []
         self._state: Any = None
         self._last_token: Any = None
-        self._held_outputs: dict[Bucket, ForwardOutputs | None] = {}
+        self._reused_outputs: dict[Bucket, ForwardOutputs | None] = {}
         self._walls: list[jax.Array] = []
         self._released = time.monotonic()
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure, and allocates the cache."""
-        if self.programs.is_stacked:
+        if self.programs.context.is_stacked:
             model.stack_layers()
         self._leaves = self._put(FlatModel(model).leaves)
         release_free_memory()
@@ -122,8 +123,8 @@ class ModelRunner:
     def _forward(
         self, batches: Sequence[ScheduledBatch], orders: list[list[int]], bucket: Bucket, packed: np.ndarray
     ) -> ForwardStep:
-        forward = self.programs.get(bucket)
-        args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_held(bucket)
+        forward = self.programs.step(bucket)
+        args = self._leaves, self._caches, self._last_token, self._put_own(packed), self._take_reused_outputs(bucket)
         self._caches, self._last_token, tokens, outputs = forward(*args)
         return ForwardStep(batches, orders, bucket, packed, tokens, outputs)
 
@@ -138,12 +139,12 @@ class ModelRunner:
 
     def _outputs(self, step: ForwardStep, *, has_masks: bool = False) -> StepOutputs:
         batches, orders, bucket, outputs = step.batches, step.orders, step.bucket, step.outputs
-        if self._held_outputs[bucket] is not None:
-            self._held_outputs[bucket] = outputs
+        if self._reused_outputs[bucket] is not None:
+            self._reused_outputs[bucket] = outputs
         tokens, logprobs = self._sample(step, has_masks=has_masks)
         prompt_logprobs, targets = None, prompt_targets(batches, orders, bucket.num_tokens)
         if targets is not None:
-            compute = self.programs.get(PromptLogprobsKey(bucket.num_tokens))
+            compute = self.programs.get(PromptLogprobs(bucket.num_tokens))
             prompt_logprobs = compute(self._leaves, outputs.hidden, self._put_own(targets))
         return StepOutputs(tokens, logprobs, prompt_logprobs)
 
@@ -157,8 +158,8 @@ class ModelRunner:
             own_bitmask[: len(order)] = own_masks.bitmask[order, : self._arrays.num_mask_words]
             # Where nothing is left but the end, min_tokens must not forbid it.
             features = layout.views(own_packed)["features"][: len(order)]
-            features[own_masks.is_complete[order]] &= ~MIN_TOKENS
-        mask = self.programs.get(MaskKey(num_seqs))
+            features[own_masks.is_complete[order]] &= ALL_BUT_MIN_TOKENS
+        mask = self.programs.get(GrammarMask(num_seqs))
         logits = mask(step.outputs.logits, self._put_own(bitmask.reshape(-1, self._arrays.num_mask_words)))
         return step._replace(packed=packed, outputs=step.outputs._replace(logits=logits))
 
@@ -166,28 +167,30 @@ class ModelRunner:
         """Samples what is not greedy; returns all tokens, and log probabilities if a row asks for them."""
         wanted = self._wanted_features(step.bucket, step.packed)
         if has_masks:
-            wanted |= RANDOM  # the forward part's most likely tokens do not count; greedy rows stay greedy
+            wanted |= (
+                Feature.RANDOM.value
+            )  # the forward part's most likely tokens do not count; greedy rows stay greedy
         if not wanted:
             return step.tokens, None
         features = feature_set(wanted | self.programs.always_wanted)
-        sampler = self.programs.get(SamplerKey(step.bucket.num_seqs, features, self.programs.processors))
+        sampler = self.programs.get(Sampler(step.bucket.num_seqs, features, self.programs.processors))
         state = self._state if features == EVERY_FEATURE else None
         rows = self._layouts[step.bucket].rows_of(step.packed)
         args = state, self._last_token, step.outputs.logits, self._put_own(rows)
         state, self._last_token, tokens, logprobs = sampler(*args)
         if features == EVERY_FEATURE:
             self._state = state
-        return tokens, logprobs if wanted & LOGPROBS else None
+        return tokens, logprobs if wanted & Feature.LOGPROBS.value else None
 
-    def _take_held(self, bucket: Bucket) -> ForwardOutputs | None:
+    def _take_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
         """The outputs of the last step of this shape, to be overwritten; None where none are kept."""
-        if bucket not in self._held_outputs:
-            self._held_outputs[bucket] = self._arrays.make_held(bucket)
-        return self._held_outputs[bucket]
+        if bucket not in self._reused_outputs:
+            self._reused_outputs[bucket] = self._arrays.make_reused_outputs(bucket)
+        return self._reused_outputs[bucket]
 
     def _put_own(self, x: np.ndarray) -> jax.Array | np.ndarray:
         """An argument whose first axis the shards share out."""
-        return self._place.put(x, self._place.shards())
+        return self._place.put(x, self._place.shards_sharding())
 
     def _take_slot(self, shard: int, sequence: ScheduledSequence) -> None:
         request = sequence.request
@@ -197,13 +200,13 @@ class ModelRunner:
             seed = zlib.crc32(request.request_id.encode(), self.config.seed & 0xFFFFFFFF)
         processors = self._processor_bits(params.logits_processors or ())
         if self._slots[shard].take(sequence, seed, processors) & USES_STATE:
-            set_slot_compiled = self.programs.get(SetSlotKey())
+            set_slot_compiled = self.programs.get(SetSlot())
             place = self._place
             values = slot_values(request, self._arrays.vocab_size)
             values = jax.tree.map(lambda x: place.put(x, place.replicated()), values)
             slots = np.full(len(self._slots), self.config.scheduler.max_num_seqs, np.int32)  # out of range: none
             slots[shard] = sequence.slot
-            self._state = set_slot_compiled(self._state, place.put(slots, place.shards()), values)
+            self._state = set_slot_compiled(self._state, place.put(slots, place.shards_sharding()), values)
 
     def _processor_bits(self, processors) -> int:
         new = tuple(p for p in processors if p not in self.programs.processors)
@@ -228,7 +231,7 @@ class ModelRunner:
         """Puts weights where they belong; those that are there stay."""
         if self._place.mesh is None:
             return [jnp.asarray(leaf) for leaf in leaves]
-        return list(map(jax.device_put, leaves, self.programs.leaf_places))
+        return list(map(jax.device_put, leaves, self.programs.context.leaf_shardings))
 
     def _allocate(self) -> None:
         # All of it there before a step runs anywhere: peers write into the workspace.
@@ -236,7 +239,7 @@ class ModelRunner:
         self._state, self._last_token = self._arrays.make_state()
         if self.config.platform == "gpu":
             largest = max(layout.size for layout in self._layouts.values()) * np.dtype(np.int32).itemsize
-            self._walls = keep_small_places(lambda x: self._place.array(x, self._place.replicated()), largest)
+            self._walls = reserve_small_blocks(lambda x: self._place.array(x, self._place.replicated()), largest)
 
     def sleep(self, level: int) -> None:
         """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
@@ -250,7 +253,7 @@ class ModelRunner:
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
         self._leaves, self._caches, self._state, self._last_token = None, [], None, None
-        self._held_outputs.clear()
+        self._reused_outputs.clear()
         self._walls.clear()
 
     @property

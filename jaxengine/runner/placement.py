@@ -39,13 +39,13 @@ class Placement:
     def replicated(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    def shards(self) -> NamedSharding | None:
+    def shards_sharding(self) -> NamedSharding | None:
         """Of what every shard has its own part of."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA))
 
-    def outputs(self) -> NamedSharding | None:
+    def outputs_sharding(self) -> NamedSharding | None:
         """Of what the host reads: every process reads everything."""
-        return self.replicated() if is_multiprocess() else self.shards()
+        return self.replicated() if is_multiprocess() else self.shards_sharding()
 
     def put(self, x: np.ndarray, sharding: NamedSharding | None) -> jax.Array | np.ndarray:
         """Makes a host array, the same in all processes, an argument of a compiled function."""
@@ -57,7 +57,7 @@ class Placement:
         """Puts a host array, the same in all processes, in place."""
         return jax.device_put(self.put(x, sharding), sharding)
 
-    def heads(self) -> NamedSharding | None:
+    def heads_sharding(self) -> NamedSharding | None:
         """Of pages, whose second axis is that of the heads."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA, MODEL))
 
@@ -89,10 +89,10 @@ class Placement:
         stacked = (None,) * (len(param.shape) - len(axes))  # the layers of a `LayerStack`
         return named_sharding(self.mesh, (*stacked, *axes), param.shape)
 
-    def columns(self, num_columns: int) -> NamedSharding | None:
+    def columns_sharding(self, num_columns: int) -> NamedSharding | None:
         """Of what has a column for every token: where that token's logits are."""
         if self.mesh is None or num_columns % self.size:
-            return self.shards()
+            return self.shards_sharding()
         return NamedSharding(self.mesh, PartitionSpec(DATA, MODEL))
 
     def sampling_state(self, state: Any, vocab_size: int) -> Any:
@@ -100,7 +100,7 @@ class Placement:
 
         def of(x: jax.ShapeDtypeStruct) -> NamedSharding | None:
             has_column_per_token = len(x.shape) == 2 and x.shape[-1] == vocab_size
-            return self.columns(vocab_size) if has_column_per_token else self.shards()
+            return self.columns_sharding(vocab_size) if has_column_per_token else self.shards_sharding()
 
         return jax.tree.map(of, state)
 

@@ -23,7 +23,7 @@ from jax import export
 
 from jaxengine.config import EngineConfig
 from jaxengine.pallas_kernels.target import target_device
-from jaxengine.runner.programs import ProgramKey, SamplerKey
+from jaxengine.runner.programs import Program
 from jaxengine.runner.steps import ForwardOutputs
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.state import SamplingState, SlotValues
@@ -72,17 +72,17 @@ class ProgramStore:
         self._folder, self._about = folder, about
         self._platform = "cuda" if platform == "gpu" else platform  # the name that lowering wants
 
-    def lacks(self, key: ProgramKey) -> bool:
+    def lacks(self, key: Program) -> bool:
         """Whether a program is not there, but could be."""
-        return _is_kept(key) and not self._file(key).exists()
+        return key.can_be_stored and not self._file(key).exists()
 
-    def exported(self, key: ProgramKey, jitted: Any, args: tuple) -> export.Exported | None:
+    def exported(self, key: Program, jitted: Any, args: tuple) -> export.Exported | None:
         """The program of this key, lowered now if it is not there.
 
         Returns:
             The program; None if it cannot be kept, and must be lowered in the usual way.
         """
-        if not _is_kept(key):
+        if not key.can_be_stored:
             return None
         file = self._file(key)
         with contextlib.suppress(OSError):
@@ -101,7 +101,7 @@ class ProgramStore:
         self._write(file, _with_checksum(bytes(content)))
         return program
 
-    def _file(self, key: ProgramKey) -> Path:
+    def _file(self, key: Program) -> Path:
         name = hashlib.sha256(f"{self._about}\n{key!r}".encode()).hexdigest()[:40]
         return self._folder / f"{name}.stablehlo"
 
@@ -130,11 +130,6 @@ def _checked(data: bytes) -> bytes:
     if hashlib.blake2b(data[size:]).digest() != data[:size]:
         raise ValueError("its checksum is wrong")
     return data[size:]
-
-
-def _is_kept(key: ProgramKey) -> bool:
-    """Whether a program has a name for good: not a sampler that has users' functions in it."""
-    return not (isinstance(key, SamplerKey) and key.processors)
 
 
 def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxengine.pallas_kernels.all_reduce import Workspace
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.sampling.logprobs import Logprobs, gather_logprobs
-from jaxengine.sampling.sampler import LogitsProcessor, greedy, record_last, sample
+from jaxengine.sampling.sampler import Feature, LogitsProcessor, greedy, record_last, sample
 from jaxengine.sampling.state import SamplingState
 
 PROMPT_LOGPROB_ROWS = 32  # rows whose logits are alive together
@@ -51,14 +51,15 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         sums_over_peers: Whether the devices that share the model add up through the `Workspace` at the end of `caches`.
 
     Returns:
-        forward(leaves, caches, last_token, packed, held) -> (caches, last_token, tokens, ForwardOutputs); caches,
-        last_token, i32[R], and held are to be donated. The most likely tokens, i32[S], are noted in last_token too.
-        `held` is None, or outputs that nobody needs any more, whose memory the new ones take: see
-        `memory.keep_small_places`.
+        forward(leaves, caches, last_token, packed, reused_outputs) -> (caches, last_token, tokens, ForwardOutputs);
+        caches, last_token, i32[R], and reused_outputs are to be donated. The most likely tokens, i32[S], are noted in
+        last_token too.
+        `reused_outputs` is None, or outputs that nobody needs any more, whose memory the new ones take: see
+        `memory.reserve_small_blocks`.
     """
 
-    def forward(leaves, caches, last_token: jax.Array, packed: jax.Array, held: ForwardOutputs | None = None):
-        del held
+    def forward(leaves, caches, last_token: jax.Array, packed: jax.Array, reused_outputs: ForwardOutputs | None = None):
+        del reused_outputs
         inputs = layout.unpack(packed)
         lm = model.merge(leaves)
         # Only decodes feed on the token sampled last, and the i-th decode's token is the i-th row.
@@ -109,7 +110,7 @@ def make_repeat(forward: Callable[..., Any], sampler: Callable[..., Any] | None,
     return repeat
 
 
-def make_sampler(layout: RowLayout, *, features: int, processors: Sequence[LogitsProcessor], num_top: int):
+def make_sampler(layout: RowLayout, *, features: Feature, processors: Sequence[LogitsProcessor], num_top: int):
     """The sampler of steps of S sequences that ask for no other features than these.
 
     Args:

@@ -10,6 +10,7 @@ the device then for the host.
 """
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,23 +25,37 @@ from jaxengine.sampling.logprobs import Logprobs, empty_logprobs, gather_logprob
 from jaxengine.sampling.state import IN_PROMPT, IS_BANNED, IS_STOP, SamplingState
 from jaxengine.sharding.mesh import columns_in_place
 
-# Bits of SamplingRows.features: what a row asks for beyond argmax.
-RANDOM = 1
-FILTER = 2
-PENALTIES = 4
-TOKEN_RULES = 8  # logit_bias or allowed_token_ids
-MIN_TOKENS = 16  # stop tokens are still forbidden
-BAD_WORDS = 32
-LOGPROBS = 64
-PROCESSORS = 128
-WIDE = 256  # a random draw from what may be more than `filters.FEW` tokens
-LARGE_K = 512  # top_k above `filters.FEW`
+
+class Feature(enum.IntFlag):
+    """What a row asks for beyond argmax: the bits of `SamplingRows.features`.
+
+    For what is done each step, take its `value`: an operation of a flag takes Python a microsecond.
+    """
+
+    RANDOM = 1
+    FILTER = 2
+    PENALTIES = 4
+    TOKEN_RULES = 8
+    """logit_bias or allowed_token_ids."""
+    MIN_TOKENS = 16
+    """Stop tokens are still forbidden."""
+    BAD_WORDS = 32
+    LOGPROBS = 64
+    PROCESSORS = 128
+    WIDE = 256
+    """A random draw from what may be more than `filters.FEW` tokens."""
+    LARGE_K = 512
+    """top_k above `filters.FEW`."""
+
+
+GREEDY = Feature(0)
 # Features that read a row of SamplingState.
-USES_STATE = PENALTIES | TOKEN_RULES | MIN_TOKENS | BAD_WORDS | PROCESSORS
-EVERY_FEATURE = USES_STATE | RANDOM | FILTER | LOGPROBS | WIDE | LARGE_K
-AMONG_FEW = RANDOM | FILTER
+USES_STATE = Feature.PENALTIES | Feature.TOKEN_RULES | Feature.MIN_TOKENS | Feature.BAD_WORDS | Feature.PROCESSORS
+EVERY_FEATURE = USES_STATE | Feature.RANDOM | Feature.FILTER | Feature.LOGPROBS | Feature.WIDE | Feature.LARGE_K
+AMONG_FEW = Feature.RANDOM | Feature.FILTER
 # What samplers are compiled for.
-FEATURE_SETS = (RANDOM | WIDE, AMONG_FEW, RANDOM | FILTER | WIDE, EVERY_FEATURE)
+FEATURE_SETS = (Feature.RANDOM | Feature.WIDE, AMONG_FEW, Feature.RANDOM | Feature.FILTER | Feature.WIDE, EVERY_FEATURE)
+_WITH_OTHERS = [(features, ~features.value) for features in FEATURE_SETS]
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +66,7 @@ class SamplingRows:
     Attributes:
       slot: i32[S], row of the state.
       samples: i32[S], 1 where a token is sampled.
-      features: i32[S], the bits above.
+      features: i32[S], the bits of `Feature`.
       processors: i32[S], bit i for the engine's i-th logits processor.
       seed, position: i32[S], the draw's key is fold_in(seed, position); position counts output tokens.
       top_k: i32[S]; temperature, top_p, min_p, repetition, presence, frequency: f32[S].
@@ -101,9 +116,9 @@ def mask_logits(logits: jax.Array, bitmask: jax.Array) -> jax.Array:
     return jnp.where(allowed.reshape(num_rows, -1)[:, :vocab_size] == 1, logits, -jnp.inf)
 
 
-def feature_set(wanted: int) -> int:
+def feature_set(wanted: int) -> Feature:
     """The smallest of `FEATURE_SETS` that has all wanted features."""
-    return next(features for features in FEATURE_SETS if not wanted & ~features)
+    return next(features for features, others in _WITH_OTHERS if not wanted & others)
 
 
 def sample(
@@ -112,7 +127,7 @@ def sample(
     state: SamplingState | None,
     last_token: jax.Array,
     *,
-    features: int,
+    features: Feature,
     processors: Sequence[LogitsProcessor],
     num_top: int,
 ) -> tuple[SamplingState | None, jax.Array, jax.Array, Logprobs | None]:
@@ -133,28 +148,30 @@ def sample(
         if features == AMONG_FEW:
             tokens = _draw_among_few(logits, rows)
         else:
-            tokens = _draw(logits, rows, lambda x: _filter(x, rows, has_small_k=True) if features & FILTER else x)
+            tokens = _draw(
+                logits, rows, lambda x: _filter(x, rows, has_small_k=True) if features & Feature.FILTER else x
+            )
         return None, record_last(tokens, rows, last_token), tokens, None
     assert state is not None
     wanted = jnp.bitwise_or.reduce(rows.features)
 
-    def when(feature: int, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    def when(feature: Feature, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         def apply(x):
-            return columns_in_place(jnp.where((rows.features & feature != 0)[:, None], change(x), x))
+            return columns_in_place(jnp.where((rows.features & feature.value != 0)[:, None], change(x), x))
 
-        return columns_in_place(lax.cond(wanted & feature != 0, apply, columns_in_place, x))
+        return columns_in_place(lax.cond(wanted & feature.value != 0, apply, columns_in_place, x))
 
     raw = logits
-    logits = when(TOKEN_RULES, lambda x: _token_rules(x, rows, state), logits)
-    logits = when(BAD_WORDS, lambda x: _ban_words(x, rows, state), logits)
-    logits = when(MIN_TOKENS, lambda x: jnp.where(state.token_flags[rows.slot] & IS_STOP, -jnp.inf, x), logits)
+    logits = when(Feature.TOKEN_RULES, lambda x: _token_rules(x, rows, state), logits)
+    logits = when(Feature.BAD_WORDS, lambda x: _ban_words(x, rows, state), logits)
+    logits = when(Feature.MIN_TOKENS, lambda x: jnp.where(state.token_flags[rows.slot] & IS_STOP, -jnp.inf, x), logits)
     if processors:
-        logits = when(PROCESSORS, lambda x: _apply_processors(x, rows, state, last_token, processors), logits)
-    logits = when(PENALTIES, lambda x: _penalise(x, rows, state), logits)
-    draw = functools.partial(_draw, rows=rows, filtered=lambda x: when(FILTER, lambda y: _filter(y, rows), x))
-    tokens = lax.cond(wanted & RANDOM != 0, draw, greedy, logits)
+        logits = when(Feature.PROCESSORS, lambda x: _apply_processors(x, rows, state, last_token, processors), logits)
+    logits = when(Feature.PENALTIES, lambda x: _penalise(x, rows, state), logits)
+    draw = functools.partial(_draw, rows=rows, filtered=lambda x: when(Feature.FILTER, lambda y: _filter(y, rows), x))
+    tokens = lax.cond(wanted & Feature.RANDOM.value != 0, draw, greedy, logits)
     logprobs = lax.cond(
-        wanted & LOGPROBS != 0,
+        wanted & Feature.LOGPROBS.value != 0,
         lambda x: gather_logprobs(x, tokens, num_top),
         lambda x: empty_logprobs(x.shape[0], num_top),
         raw,
@@ -199,7 +216,7 @@ def _filter(scaled, rows, *, has_small_k=False):
 
 def _draw(logits, rows, filtered):
     """Gumbel-max sampling; rows without RANDOM get their argmax."""
-    is_random = (rows.features & RANDOM != 0)[:, None]
+    is_random = (rows.features & Feature.RANDOM.value != 0)[:, None]
     scaled = logits / jnp.where(is_random, rows.temperature[:, None], 1.0)
 
     def noise(seed, position):
@@ -211,7 +228,7 @@ def _draw(logits, rows, filtered):
 
 def _draw_among_few(logits, rows):
     """What `_draw` with filters gives where every random row has a `top_k` of at most `FEW`."""
-    is_random = rows.features & RANDOM != 0
+    is_random = rows.features & Feature.RANDOM.value != 0
     values, ids = top_few(logits)
     scaled = values / jnp.where(is_random, rows.temperature, 1.0)[:, None]
     filtered = filter_few(scaled, rows.top_k, rows.top_p, rows.min_p)

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from jaxengine import LLM, SamplingParams
-from jaxengine.runner import step_programs
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
 from jaxengine.runner.model_runner import ModelRunner
-from jaxengine.runner.programs import RepeatKey
+from jaxengine.runner.programs import RepeatedStep, base
 from jaxengine.runner.step_handle import StepShape
-from jaxengine.sampling.sampler import AMONG_FEW, FILTER, PENALTIES, RANDOM, WIDE
+from jaxengine.sampling.sampler import AMONG_FEW, Feature
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 24
@@ -88,8 +87,8 @@ def test_a_batch_of_64_equals_each_alone(tiny, tiny_reference, options):
 
 def test_the_shapes_that_accelerators_use(tiny, tiny_reference, monkeypatch):
     prompts, want = tiny_reference
-    make_buckets = step_programs.make_buckets
-    monkeypatch.setattr(step_programs, "make_buckets", lambda *args, coarse: make_buckets(*args, coarse=False))
+    make_buckets = base.make_buckets
+    monkeypatch.setattr(base, "make_buckets", lambda *args, coarse: make_buckets(*args, coarse=False))
     with LLM(str(tiny), **(BASE | {"max_num_batched_tokens": 64, "max_num_seqs": 16})) as llm:
         assert any(bucket.decode_only for bucket in llm.llm_engine.core.runner.programs.buckets)
         assert greedy(llm, prompts) == want
@@ -120,12 +119,12 @@ def test_several_steps_in_one_call(tiny, monkeypatch):
         programs = llm.llm_engine.core.runner.programs
         programs.wait_until_compiled(programs.compile_ahead([StepShape(4, 4, True)]))
         assert programs.repeated(Bucket(4, 4), 0) is not None
-        for features in (AMONG_FEW, RANDOM | FILTER | WIDE):
+        for features in (AMONG_FEW, Feature.RANDOM | Feature.FILTER | Feature.WIDE):
             assert programs.repeated(Bucket(4, 4), features) is None  # no step waits for it
-            programs.wait_until_compiled([RepeatKey(Bucket(4, 4), features)])
+            programs.wait_until_compiled([RepeatedStep(Bucket(4, 4), features)])
         assert answers(llm, [NUM_REPEATS] * 4) == want
         assert metric(llm, "jaxengine:kv_cache_usage_perc") == 0
-        assert programs.repeated(Bucket(4, 4), PENALTIES) is None  # whose counts a loop does not keep
+        assert programs.repeated(Bucket(4, 4), Feature.PENALTIES) is None  # whose counts a loop does not keep
         assert programs.repeated(Bucket(32, 8), 0) is None  # which holds prompts
     with LLM(str(tiny), **few, num_scheduler_steps=3) as llm:
         assert llm.llm_engine.core.runner.programs.repeated(Bucket(4, 4), 0) is None

@@ -6,8 +6,9 @@ import pytest
 
 from jaxengine import LLM, SamplingParams
 from jaxengine.runner import model_runner
+from jaxengine.runner.lowering import temporary_bytes
 from jaxengine.runner.memory import FRACTION, MARGIN, cache_bytes, reserve_device_memory
-from jaxengine.runner.programs import SamplerKey, temporary_bytes
+from jaxengine.runner.programs import ModelStep, Sampler
 from jaxengine.sampling.sampler import EVERY_FEATURE
 from tests.conftest import SMALL_ENGINE, write_tiny_model
 
@@ -17,8 +18,9 @@ def test_two_layers_tell_what_the_largest_step_needs(tmp_path):
     with LLM(str(tmp_path), dtype="float32", **SMALL_ENGINE) as llm:
         programs = llm.llm_engine.core.runner.programs
         largest = programs.buckets[-1]
-        compiled = [programs.compile_program(key) for key in (largest, SamplerKey(largest.num_seqs, EVERY_FEATURE, ()))]
-        needed = programs.weight_bytes() + sum(map(temporary_bytes, compiled))
+        keys = ModelStep(largest), Sampler(largest.num_seqs, EVERY_FEATURE, ())
+        compiled = [programs.compile_program(key) for key in keys]
+        needed = programs.context.weight_bytes() + sum(map(temporary_bytes, compiled))
         assert 0.99 * needed <= programs.bytes_beside_cache() <= 1.01 * needed
 
 

@@ -17,9 +17,9 @@ from jaxengine.engine.build import set_up_compilation_cache
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.models.registry import abstract_model
-from jaxengine.runner import lowering, lowering_pool, program_store
+from jaxengine.runner import lowering_pool, program_store
 from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
-from jaxengine.runner.programs import SetSlotKey
+from jaxengine.runner.programs import ModelStep, SetSlot, model_step, prompt_logprobs, sampler
 from jaxengine.runner.step_programs import StepPrograms
 
 
@@ -57,10 +57,11 @@ def test_a_warm_start_with_everything_traces_nothing(tiny, cache, monkeypatch):
             return [(o.prompt_logprobs, o.outputs[0]) for o in llm.generate(prompts, params, use_tqdm=False)]
 
     want = answers(num_lowering_processes=1)
-    for name in ("make_forward", "make_sampler", "make_prompt_logprobs"):
-        monkeypatch.setattr(lowering, name, lambda *args, **kwargs: never)
+    makers = (model_step, "make_forward"), (sampler, "make_sampler"), (prompt_logprobs, "make_prompt_logprobs")
+    for module, name in makers:
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: never)
     for name in ("_set_own_slot", "mask_logits"):
-        monkeypatch.setattr(lowering, name, never)
+        monkeypatch.setattr(sampler, name, never)
     assert answers() == want
     with pytest.raises(AssertionError, match="traced"):
         answers(logits_processors=[lambda logits, state: logits])
@@ -70,7 +71,7 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
     want = answer(tiny)
     files = sorted(cache.iterdir())
     assert files
-    monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
+    monkeypatch.setattr(model_step, "make_forward", lambda *args, **kwargs: never)
     assert answer(tiny) == want
     # What steps are planned, and of which requests, is not in a program.
     assert answer(tiny, async_scheduling=False, enable_prefix_caching=False, num_scheduler_steps=3, seed=1) == want
@@ -96,7 +97,7 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
 def test_no_flipped_bit_breaks_a_start(tmp_path, caplog):
     """Wherever it is: the program is lowered again, and the file is whole again."""
     store = program_store.ProgramStore(tmp_path / "lowered", "about", "cpu")
-    jitted, key, args = jax.jit(lambda x: jnp.sin(x) * 2), SetSlotKey(), (jax.ShapeDtypeStruct((3,), jnp.float32),)
+    jitted, key, args = jax.jit(lambda x: jnp.sin(x) * 2), SetSlot(), (jax.ShapeDtypeStruct((3,), jnp.float32),)
     first = store.exported(key, jitted, args)
     assert first is not None
     (file,) = (tmp_path / "lowered").iterdir()
@@ -141,7 +142,7 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
     programs = StepPrograms(abstract_model(config.model, config.dtype, config.weight_dtype), config)
     store = program_store.open_store(config, 20)
     assert store is not None
-    first, second, third = (bucket for bucket in programs.buckets[:3])
+    first, second, third = map(ModelStep, programs.buckets[:3])
     with contextlib.closing(programs), contextlib.closing(LoweringPool(1)) as pool:
         pool.begin(config, 20)
         while store.lacks(first):  # until the process is ready it is this one's turn
@@ -150,7 +151,7 @@ def test_other_processes_lower_and_this_one_goes_on_without_them(tiny, cache, mo
         with pool.turn(second):
             assert not store.lacks(second)
         assert not caplog.text
-        monkeypatch.setattr(lowering, "make_forward", lambda *args, **kwargs: never)
+        monkeypatch.setattr(model_step, "make_forward", lambda *args, **kwargs: never)
         programs.lower(first)
         with pytest.raises(AssertionError, match="traced"):
             programs.lower(third)

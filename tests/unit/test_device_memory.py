@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxengine.runner.memory import FRACTION, check_pool, keep_small_places
+from jaxengine.runner.memory import FRACTION, check_pool, reserve_small_blocks
 
 
 class Arena:
@@ -55,7 +55,7 @@ def test_small_arrays_do_not_shift_temporaries():
         held.append(x)
         return x
 
-    walls = keep_small_places(put, 300_000)  # pyright: ignore[reportArgumentType]
+    walls = reserve_small_blocks(put, 300_000)  # pyright: ignore[reportArgumentType]
     kept = {id(wall) for wall in walls}
     for x in held:
         if id(x) not in kept:

@@ -15,11 +15,7 @@ from jaxengine.sampling.logprobs import gather_logprobs, top_k
 from jaxengine.sampling.sampler import (
     EVERY_FEATURE,
     FEATURE_SETS,
-    FILTER,
-    MIN_TOKENS,
-    PROCESSORS,
-    RANDOM,
-    WIDE,
+    Feature,
     SamplingRows,
     feature_set,
     mask_logits,
@@ -163,13 +159,13 @@ def run_rows(all_params, steps=12, processors=(), seed=0, features=EVERY_FEATURE
 
         def wanted(params, position=position):
             bits = request_features(params)
-            return bits & ~MIN_TOKENS if position >= params.min_tokens else bits
+            return bits & ~Feature.MIN_TOKENS if position >= params.min_tokens else bits
 
         rows = SamplingRows(
             slot=jnp.asarray(slots, jnp.int32),
             samples=jnp.ones(len(requests), jnp.int32),
             features=field(wanted, jnp.int32),
-            processors=field(lambda p: 1 if request_features(p) & PROCESSORS else 0, jnp.int32),
+            processors=field(lambda p: 1 if request_features(p) & Feature.PROCESSORS else 0, jnp.int32),
             seed=field(lambda p: p.seed or 0, jnp.int32),
             position=jnp.full(len(requests), position, jnp.int32),
             top_k=field(lambda p: p.top_k, jnp.int32),
@@ -204,7 +200,7 @@ def test_every_rule_in_one_batch_matches_plain_python():
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch():
     random_row = make_params(temperature=1.3, seed=7, top_p=0.9)
-    alone = run_rows([random_row], seed=3, features=RANDOM | FILTER | WIDE)[1]
+    alone = run_rows([random_row], seed=3, features=Feature.RANDOM | Feature.FILTER | Feature.WIDE)[1]
     batch = run_rows([random_row, *GREEDY_ROWS, make_params(temperature=1.0, seed=8)], seed=3)[1]
     for one, many in zip(alone, batch, strict=True):
         for logits, _, tokens in (one, many):
@@ -237,16 +233,21 @@ def test_masks_of_packed_bits(vocab_size):
 
 
 def test_the_smallest_sampler_is_chosen():
-    wanted = (RANDOM | WIDE, RANDOM | FILTER, RANDOM | FILTER | WIDE, MIN_TOKENS)
+    wanted = (
+        Feature.RANDOM | Feature.WIDE,
+        Feature.RANDOM | Feature.FILTER,
+        Feature.RANDOM | Feature.FILTER | Feature.WIDE,
+        Feature.MIN_TOKENS,
+    )
     assert [feature_set(x) for x in wanted] == list(FEATURE_SETS)
-    assert feature_set(RANDOM) == RANDOM | WIDE  # what masks of grammars ask for
+    assert feature_set(Feature.RANDOM) == Feature.RANDOM | Feature.WIDE  # what masks of grammars ask for
     few, many = {"temperature": 1.0, "top_k": FEW}, {"temperature": 1.0, "top_k": FEW + 1}
     for params, features in (
-        (few, RANDOM | FILTER),
-        (few | {"top_p": 0.9, "min_p": 0.1}, RANDOM | FILTER),
+        (few, Feature.RANDOM | Feature.FILTER),
+        (few | {"top_p": 0.9, "min_p": 0.1}, Feature.RANDOM | Feature.FILTER),
         (many, EVERY_FEATURE),
-        ({"temperature": 1.0, "top_p": 0.9}, RANDOM | FILTER | WIDE),
-        ({"temperature": 1.0}, RANDOM | WIDE),
+        ({"temperature": 1.0, "top_p": 0.9}, Feature.RANDOM | Feature.FILTER | Feature.WIDE),
+        ({"temperature": 1.0}, Feature.RANDOM | Feature.WIDE),
     ):
         assert feature_set(request_features(make_params(**params))) == features
 
@@ -296,7 +297,7 @@ def test_a_draw_among_few_is_that_among_all():
     last_token = jnp.zeros(num, jnp.int32)
     draws = [
         jax.jit(functools.partial(sample, features=features, processors=(), num_top=1))
-        for features in (RANDOM | FILTER, RANDOM | FILTER | WIDE)
+        for features in (Feature.RANDOM | Feature.FILTER, Feature.RANDOM | Feature.FILTER | Feature.WIDE)
     ]
     for _ in range(3):
         logits = rng.normal(size=(num, vocab_size)).astype(np.float32) * 3
@@ -321,7 +322,13 @@ def test_draws_follow_the_distribution():
     )
     last_token = jnp.zeros(1, jnp.int32)
     _, _, tokens, _ = sample(
-        jnp.tile(logits, (num, 1)), rows, None, last_token, features=RANDOM | WIDE, processors=(), num_top=1
+        jnp.tile(logits, (num, 1)),
+        rows,
+        None,
+        last_token,
+        features=Feature.RANDOM | Feature.WIDE,
+        processors=(),
+        num_top=1,
     )
     shares = np.bincount(np.asarray(tokens), minlength=4) / num
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0.05], atol=0.03)
