@@ -21,7 +21,7 @@ from jaxengine.runner.memory import keep_small_places
 from jaxengine.runner.programs import MaskKey, PromptLogprobsKey, SamplerKey, SetSlotKey
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
-from jaxengine.runner.steps import FlatModel, ForwardOutputs
+from jaxengine.runner.steps import FlatModel, ForwardOutputs, StepCaches
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import EVERY_FEATURE, LOGPROBS, MIN_TOKENS, RANDOM, USES_STATE, feature_set
 from jaxengine.sampling.state import slot_values
@@ -56,7 +56,7 @@ class ModelRunner:
             SlotTable(self.config.scheduler.max_num_seqs, programs.table_width, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
-        self._caches: list = []
+        self._caches: StepCaches | None = None
         self._state: Any = None
         self._last_token: Any = None
         self._held_outputs: dict[Bucket, ForwardOutputs | None] = {}
@@ -249,7 +249,7 @@ class ModelRunner:
         weights = self._leaves if self.config.platform != "cpu" else []  # device_get shares memory there
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
-        self._leaves, self._caches, self._state, self._last_token = None, [], None, None
+        self._leaves = self._caches = self._state = self._last_token = None
         self._held_outputs.clear()
         self._walls.clear()
 
