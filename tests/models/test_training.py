@@ -17,6 +17,7 @@ from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.causal_attention import causal_attention
+from jaxengine.models.registry import model_class
 from jaxengine.models.step import ModelInputs, StepContext
 from jaxengine.models.training import token_log_probs
 from jaxengine.pallas_kernels.ragged_paged_attention import (
@@ -122,6 +123,34 @@ def test_attention_is_that_of_the_op(dtype, window, soft_cap, has_sinks):
     assert got.dtype == want.dtype
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0, atol=tolerance)
+
+
+def test_no_kernel_runs_where_gradients_are_taken(monkeypatch):
+    """Of a step whose products and norms have kernels on a Hopper when it has caches."""
+    monkeypatch.setattr("jaxengine.pallas_kernels.skinny_matmul.api.MIN_WEIGHT_BYTES", 0)
+    monkeypatch.setattr("jaxengine.pallas_kernels.add_norm.api.MIN_COLUMNS", 0)
+    config = ModelConfig.from_hf(
+        {"architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64}
+    )
+    graphdef, state = nnx.split(model_class(config.architecture)(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    token_ids = jnp.arange(16)
+
+    def with_caches(state):
+        numbers = [16], [0, 16], [[0]], 1, 0
+        meta = AttentionMetadata(*(jnp.asarray(x, jnp.int32) for x in numbers))  # pyright: ignore[reportArgumentType]
+        caches = [make_cache(AttentionSpec(4, 4, 128, 16, "bfloat16", "bfloat16"), 1)] * 2
+        inputs = ModelInputs(token_ids, token_ids)
+        return nnx.merge(graphdef, state)(inputs, caches, StepContext((meta,))).hidden
+
+    def gradients(state):
+        return jax.grad(lambda state: loss(nnx.merge(graphdef, state), token_ids, token_ids)[0])(state)
+
+    hopper = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=hopper)):
+        kernels = [str(jax.make_jaxpr(function)(state)).count("mpmd_map[") for function in (with_caches, gradients)]
+    assert kernels[0] > 0
+    assert kernels[1] == 0
 
 
 def test_caches_and_context_go_together():
