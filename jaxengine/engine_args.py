@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxengine.config import EngineConfig, SchedulerConfig
-from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.loading.checkpoint import Checkpoint, check_size
+from jaxengine.loading.files import reading
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,9 @@ class EngineArgs:
                 f"data_parallel_size={self.data_parallel_size} x tensor_parallel_size={self.tensor_parallel_size}: "
                 f"{jax.process_count()} processes must use all of their {len(jax.devices())} devices"
             )
-        model = ModelConfig.from_hf(checkpoint.config)
+        with reading(checkpoint.path):
+            model = ModelConfig.from_hf(checkpoint.config)
+        check_size(checkpoint, model)
         model = dataclasses.replace(model, tensor_parallel_size=self.tensor_parallel_size)
         longest = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > longest:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxengine import bounded_json
+from jaxengine.messages import quote, shorten
+
 logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-2
@@ -20,6 +23,9 @@ MAX_NUM_SEQUENCES = 16384
 LOGIT_BIAS_LIMIT = 100.0
 _SEED_LIMIT = 2**63
 
+MAX_STOP_STRINGS = 2**14
+MAX_STOP_CHARACTERS = 2**20
+"""Of all stop strings together: an automaton has a state for each."""
 
 MAX_BAD_WORDS = 64
 """Token sequences that a request's `bad_words` may become: the device state holds a fixed number."""
@@ -79,25 +85,29 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"structured_outputs: {name} must be a string that is not empty, got {value!r}")
+                raise ValueError(f"structured_outputs: {name} must be a string that is not empty, got {quote(value)}")
+            if value is not None:
+                _check_unicode(f"structured_outputs: {name}", value)
         for name in ("disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"structured_outputs: {name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"structured_outputs: {name} must be True or False, got {quote(getattr(self, name))}")
         if self.json_object not in (None, False, True):
-            raise ValueError(f"structured_outputs: json_object must be True, got {self.json_object!r}")
+            raise ValueError(f"structured_outputs: json_object must be True, got {quote(self.json_object)}")
         if self.choice is not None and not _strings("structured_outputs: choice", self.choice):
             raise ValueError("structured_outputs: choice must hold at least one text, got []")
         self._check_json()
 
     def _check_json(self) -> None:
         schema = self.json
-        if isinstance(schema, str):
-            try:
-                schema = json_module.loads(schema)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"structured_outputs: json is no JSON: {error}") from error
+        try:
+            if isinstance(schema, str):
+                schema = bounded_json.loads(schema)
+            elif schema is not None:
+                bounded_json.check_shape(json_module.dumps(schema).encode())
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"structured_outputs: json is no JSON: {shorten(str(error))}") from error
         if schema is not None and not isinstance(schema, dict):
-            raise ValueError(f"structured_outputs: json must be a JSON schema, an object, got {self.json!r}")
+            raise ValueError(f"structured_outputs: json must be a JSON schema, an object, got {quote(self.json)}")
         if schema is None and not self.json_object:
             for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
                 if getattr(self, name):
@@ -262,13 +272,21 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         self.stop = _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
+        num_characters = sum(map(len, self.stop))
+        if len(self.stop) > MAX_STOP_STRINGS or num_characters > MAX_STOP_CHARACTERS:
+            raise ValueError(
+                f"stop must hold at most {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS} characters together, "
+                f"got {len(self.stop)} of {num_characters}"
+            )
         self.bad_words = _strings("bad_words", self.bad_words)
         blank = [word for word in self.bad_words if not word.strip()]
         if blank:
-            raise ValueError(f"bad_words must hold words that are more than spaces, got {blank[0]!r}")
+            raise ValueError(f"bad_words must hold words that are more than spaces, got {quote(blank[0])}")
         self.stop_token_ids = _token_ids("stop_token_ids", [] if self.stop_token_ids is None else self.stop_token_ids)
         if self.stop and not self.detokenize:
-            raise ValueError(f"stop={self.stop!r} needs detokenize=True: stop strings are searched for in the text")
+            raise ValueError(
+                f"stop={quote(self.stop)} needs detokenize=True: stop strings are searched for in the text"
+            )
 
     def _check_token_sets(self) -> None:
         if self.allowed_token_ids is not None:
@@ -287,19 +305,21 @@ class SamplingParams:
             "spaces_between_special_tokens",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be True or False, got {quote(getattr(self, name))}")
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+            raise ValueError(f"output_kind must be a RequestOutputKind, got {quote(self.output_kind)}")
         if self.extra_args is not None and not isinstance(self.extra_args, dict):
-            raise ValueError(f"extra_args must be a dict or None, got {self.extra_args!r}")
+            raise ValueError(f"extra_args must be a dict or None, got {quote(self.extra_args)}")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
-            raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+            raise ValueError(
+                f"structured_outputs must be StructuredOutputsParams, got {quote(self.structured_outputs)}"
+            )
         if self.logits_processors is not None:
             self.logits_processors = list(self.logits_processors)
             for processor in self.logits_processors:
                 if not callable(processor):
                     raise ValueError(
-                        f"logits_processors must hold functions (logits[V], state) -> logits[V], got {processor!r}"
+                        f"logits_processors must hold functions (logits[V], state) -> logits[V], got {quote(processor)}"
                     )
 
 
@@ -343,10 +363,13 @@ def _number(name: str, value: Any, low: float, high: float = math.inf, *, above:
     """Returns `value` as a float in [low, high], or (low, high] if `above`; raises ValueError otherwise."""
     accepted = f"{name} must be a number {_range_text(low, high, above)}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{accepted}, got {value!r}")
-    result = float(value)
+        raise ValueError(f"{accepted}, got {quote(value)}")
+    try:
+        result = float(value)
+    except OverflowError:  # of an integer
+        result = math.inf
     if not math.isfinite(result) or not low <= result <= high or (above and result == low):
-        raise ValueError(f"{accepted}, got {value!r}")
+        raise ValueError(f"{accepted}, got {quote(value)}")
     return result
 
 
@@ -355,10 +378,10 @@ def _integer(name: str, value: Any, low: int, high: int | None = None, *, note: 
     accepted = f"at least {low}" if high is None else f"in [{low}, {high}]"
     accepted = f"{name} must be an integer {accepted}" + (f" ({note})" if note else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{accepted}, got {value!r}")
+        raise ValueError(f"{accepted}, got {quote(value)}")
     result = int(value)
     if result < low or (high is not None and result > high):
-        raise ValueError(f"{accepted}, got {value!r}")
+        raise ValueError(f"{accepted}, got {quote(value)}")
     return result
 
 
@@ -373,27 +396,41 @@ def _strings(name: str, values: Any) -> list[str]:
     if values is None:
         return []
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a list of strings, got {values!r}")
-    result = list(dict.fromkeys(values))
+        raise ValueError(f"{name} must be a list of strings, got {quote(values)}")
+    result = list(values)
     for value in result:
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{name} must hold strings that are not empty, got {value!r}")
-    return result
+            raise ValueError(f"{name} must hold strings that are not empty, got {quote(value)}")
+        _check_unicode(name, value)
+    return list(dict.fromkeys(result))
+
+
+def _check_unicode(name: str, text: str) -> None:
+    if text.isascii():  # known of every string, without a look at it
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {quote(text)} is not valid Unicode: half of a surrogate pair") from error
 
 
 def _token_ids(name: str, values: Any) -> list[int]:
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a list of token ids, got {values!r}")
-    return list(dict.fromkeys(_integer(f"{name}: a token id", value, 0) for value in values))
+        raise ValueError(f"{name} must be a list of token ids, got {quote(values)}")
+    result = list(values)
+    # Lists can be long: one look at all the types, and at each value only if there is any but int.
+    if not set(map(type, result)) <= {int} or min(result, default=0) < 0:
+        result = [_integer(f"{name}: a token id", value, 0) for value in result]
+    return list(dict.fromkeys(result))
 
 
 def _clamped_logit_bias(values: Any) -> dict[int, float]:
     if not isinstance(values, Mapping):
-        raise ValueError(f"logit_bias must be a dict of token id to bias, got {values!r}")
+        raise ValueError(f"logit_bias must be a dict of token id to bias, got {quote(values)}")
     result: dict[int, float] = {}
     for key, bias in values.items():
         # JSON objects have string keys.
-        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
         token_id = _integer("logit_bias: a token id", token_id, 0)
         infinite = isinstance(bias, float) and math.isinf(bias)
         value = bias if infinite else _number(f"logit_bias[{token_id}]", bias, -math.inf)

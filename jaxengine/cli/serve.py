@@ -10,7 +10,7 @@ import sys
 from jaxengine.cli.common import Status, add_common_flags
 from jaxengine.cli.engine_flags import add_engine_flags, engine_kwargs
 
-NEEDED = ("fastapi", "httpx", "uvicorn", "zmq", "msgspec", "prometheus_client")
+NEEDED = ("fastapi", "httptools", "httpx", "uvicorn", "zmq", "msgspec", "prometheus_client")
 """Modules of the extra `server`."""
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 

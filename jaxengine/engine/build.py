@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,8 @@ from jaxengine.structured.grammar import GrammarCompiler, tokenizer_setup
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+logger = logging.getLogger(__name__)
 
 
 def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable[[], Any]) -> EngineCore:
@@ -78,18 +82,45 @@ def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig,
     return loaded
 
 
+def _why_not_trusted(folder: Path) -> str | None:
+    """Makes a folder for this user alone, if it is not there; tells why others could put programs into one that is."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        places = [place for place in (folder, folder / "lowered") if place.exists()]
+        about = [place.stat() for place in places]
+    except OSError:  # no folder, no entries: whoever writes to it tells of it
+        return None
+    if not hasattr(os, "getuid"):
+        return None
+    for place, found in zip(places, about, strict=True):
+        if found.st_uid not in (os.getuid(), 0):
+            return f"{place} belongs to another user"
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"others can write to {place} (chmod go-w would mend it)"
+    return None
+
+
 def set_up_compilation_cache(folder: str | None) -> None:
     """Turns JAX's persistent compilation cache on, in the user's cache folder unless told otherwise.
 
-    A folder that JAX has been given already (its own setting, or `JAX_COMPILATION_CACHE_DIR`) is kept.
+    A folder that JAX has been given already (its own setting, or `JAX_COMPILATION_CACHE_DIR`) is kept. One that others
+    can write to is not used: what it holds is run.
     """
     import jax
 
-    if folder == "" or (folder is None and jax.config.jax_compilation_cache_dir):
+    if folder == "":
         return
+    if folder is None:
+        folder = jax.config.jax_compilation_cache_dir
     if folder is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(base) / "jaxengine" / "xla")
+    if (reason := _why_not_trusted(Path(folder))) is not None:
+        logger.warning("compilation_cache_dir=%r is not used: %s, and what it holds would be run", folder, reason)
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    if folder == jax.config.jax_compilation_cache_dir:
+        return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

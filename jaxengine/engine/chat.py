@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+
+from jaxengine import bounded_json
+from jaxengine.messages import quote, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,14 +24,14 @@ def normalize_conversations(messages: Sequence[Message] | Sequence[Sequence[Mess
         ValueError: It is neither.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
+        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {quote(messages)}")
     if not messages:
         raise ValueError("messages must hold at least one message, got []")
     if isinstance(messages[0], Mapping):
         return [list(messages)]  # pyright: ignore[reportReturnType]
     for conversation in messages:
         if not isinstance(conversation, (list, tuple)):
-            raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {conversation!r} in it")
+            raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {quote(conversation)} in it")
     return [list(conversation) for conversation in messages]  # pyright: ignore[reportReturnType]
 
 
@@ -82,7 +84,7 @@ def render_chat(
         )
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         # A template is a program: what it does with unforeseen messages may fail in any of these ways.
-        raise ValueError(f"the chat template refused the messages: {error}") from error
+        raise ValueError(f"the chat template refused the messages: {shorten(str(error))}") from error
     assert isinstance(text, str)
     return text
 
@@ -120,7 +122,7 @@ def _check_options(
 ) -> None:
     reserved = [name for name in variables or () if name in _RESERVED]
     if reserved:
-        raise ValueError(f"chat_template_kwargs: {reserved[0]!r} is no variable of a template's own")
+        raise ValueError(f"chat_template_kwargs: {quote(reserved[0])} is no variable of a template's own")
     if add_generation_prompt and continue_final_message:
         raise ValueError(
             "add_generation_prompt=True begins a new message: it must be False with continue_final_message=True"
@@ -132,7 +134,7 @@ def _check_options(
 def _normalize_messages(messages: Sequence[Message], tools: Any, template: str) -> list[dict[str, Any]]:
     """Returns messages as templates want them; raises ValueError if they or the tools have another form."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {messages!r}")
+        raise ValueError(f"messages must be a list of messages like {_EXAMPLE}, got {quote(messages)}")
     if not messages:
         raise ValueError("messages must hold at least one message, got []")
     _check_tools(tools, template)
@@ -143,10 +145,10 @@ def _check_tools(tools: Any, template: str) -> None:
     if tools is None:
         return
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
-        raise ValueError(f"tools must be a list of JSON schemas (dicts) or None, got {tools!r}")
+        raise ValueError(f"tools must be a list of JSON schemas (dicts) or None, got {quote(tools)}")
     for tool in tools:
         if not isinstance(tool, Mapping):
-            raise ValueError(f"tools must hold JSON schemas (dicts), got {tool!r}")
+            raise ValueError(f"tools must hold JSON schemas (dicts), got {quote(tool)}")
     if tools and "tools" not in template:
         raise ValueError("tools: the chat template has no place for them; give one that does (--chat-template)")
 
@@ -155,23 +157,27 @@ def _normalize_message(index: int, message: Any, known_roles: str) -> dict[str, 
     """Returns a copy of a message with its content as one string; raises ValueError if its form is wrong."""
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
-        raise ValueError(f"{where} must be a dict like {_EXAMPLE}, got {message!r}")
+        raise ValueError(f"{where} must be a dict like {_EXAMPLE}, got {quote(message)}")
     role = message.get("role")
     # Some models have roles of their own: the template then names them.
     if not isinstance(role, str) or not role or (role not in ROLES and role not in known_roles):
-        raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, or named in the template, got {role!r}")
+        raise ValueError(
+            f"{where}: role must be one of {', '.join(ROLES)}, or named in the template, got {quote(role)}"
+        )
     # Clients send back what they were answered, with null for what was not there: templates ask whether a key exists.
     result = {key: value for key, value in message.items() if value is not None}
     if "reasoning" in result:  # vLLM's newer name for what templates know as
         result.setdefault("reasoning_content", result["reasoning"])
     calls = result.get("tool_calls", [])
     if not isinstance(calls, (list, tuple)):
-        raise ValueError(f"{where}: tool_calls must be a list, got {calls!r}")
+        raise ValueError(f"{where}: tool_calls must be a list, got {quote(calls)}")
     if calls:
         result["tool_calls"] = [_normalize_call(where, call) for call in calls]
     if "content" not in result:
         if not (calls or "function_call" in result or "reasoning_content" in result):
-            raise ValueError(f"{where} must have content: a string, or a list of parts of type text; got {message!r}")
+            raise ValueError(
+                f"{where} must have content: a string, or a list of parts of type text; got {quote(message)}"
+            )
         result["content"] = ""
     else:
         result["content"] = _content_text(where, result["content"])
@@ -182,7 +188,7 @@ def _content_text(where: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}: content must be a string or a list of parts, got {content!r}")
+        raise ValueError(f"{where}: content must be a string or a list of parts, got {quote(content)}")
     texts = []
     for part in content:
         if isinstance(part, str):
@@ -190,22 +196,22 @@ def _content_text(where: str, content: Any) -> str:
         elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise ValueError(f'{where}: a part of content must be {{"type": "text", "text": "..."}}, got {part!r}')
+            raise ValueError(f'{where}: a part of content must be {{"type": "text", "text": "..."}}, got {quote(part)}')
     return "\n".join(texts)
 
 
 def _normalize_call(where: str, call: Any) -> Any:
     """Templates want a call's arguments as a dict; OpenAI's messages carry them as a JSON string."""
     if not isinstance(call, Mapping):
-        raise ValueError(f"{where}: tool_calls must hold dicts, got {call!r}")
+        raise ValueError(f"{where}: tool_calls must hold dicts, got {quote(call)}")
     function = call.get("function")
     if not isinstance(function, Mapping):
         return call
     arguments = function.get("arguments") or {}
     try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        parsed = bounded_json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: the arguments of a tool call must be JSON, got {arguments!r}") from error
+        raise ValueError(f"{where}: the arguments of a tool call must be JSON, got {quote(arguments)}") from error
     if not isinstance(parsed, Mapping):
-        raise ValueError(f"{where}: the arguments of a tool call must be a JSON object, got {arguments!r}")
+        raise ValueError(f"{where}: the arguments of a tool call must be a JSON object, got {quote(arguments)}")
     return {**call, "function": {**function, "arguments": parsed}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +77,11 @@ class EngineCore:
         except BaseException:
             self._matchers.forget(request)
             raise
+
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        """Queues the completions of a request: see `add_request`."""
+        for request in requests:
+            self.add_request(request)
 
     def finish_request(
         self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None

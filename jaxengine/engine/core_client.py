@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
@@ -90,11 +90,12 @@ class CoreClient:
         self._is_ready = True
         return message.limits
 
-    def add_request(self, request: Request) -> None:
-        key = next(self._next_key)
-        self._send(wire.Add.of(key, request))
-        self._requests[key] = request
-        self._keys[request.request_id] = key
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        keys = [next(self._next_key) for _ in requests]
+        self._send(wire.Add.of(keys, requests))
+        for key, request in zip(keys, requests, strict=True):
+            self._requests[key] = request
+            self._keys[request.request_id] = key
 
     def finish_request(
         self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None

@@ -136,15 +136,16 @@ class CoreProcess:
 
     def _add(self, message: wire.Add) -> None:
         try:
-            request = message.request()
+            requests = message.requests()
         except (ValueError, TypeError, OverflowError) as error:
-            self._send(wire.Refused(message.key, str(error)))
+            self._send(wire.Refused(message.keys[0], str(error)))  # of one completion, which is of all of them
             return
-        if request.grammar is None:
-            self._queue(message.key, request)
-        else:
-            compiling = self._compiler.submit(self._core.grammars.compile, request.grammar)
-            self._compiling[message.key] = request, compiling
+        for key, request in zip(message.keys, requests, strict=True):
+            if request.grammar is None:
+                self._queue(key, request)
+            else:
+                compiling = self._compiler.submit(self._core.grammars.compile, request.grammar)
+                self._compiling[key] = request, compiling
 
     def _add_compiled(self) -> None:
         """Queues the requests whose grammars have been compiled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxengine.engine.stop_strings import StopStrings
 from jaxengine.engine.token_streams import TokenPieces
 
 if TYPE_CHECKING:
@@ -48,11 +49,10 @@ class IncrementalDetokenizer:
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
         assert isinstance(params.stop, list)
-        self._stops: list[str] = params.stop
+        self._stops = StopStrings.of(params.stop) if params.stop else None
+        self._stop_state = 0
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
-        self._num_recent = max(map(len, self._stops), default=1) - 1
-        self._recent = ""  # the end of the text: as much as an occurrence that ends later can begin in
         self._chunks: list[str] = []  # all of the text
         self._length = 0
         self._num_delivered = 0  # characters given out by next_delta()
@@ -125,19 +125,17 @@ class IncrementalDetokenizer:
         """Adds text; cuts it after the first stop string, finishes and returns that string if there is one."""
         self._chunks.append(text)
         self._length += len(text)
-        if not self._stops:
+        if self._stops is None:
             return None
-        searched = self._recent + text
-        match = None
-        if self.num_tokens > self._min_tokens:
-            match = _first_match(searched, self._stops, len(self._recent))
-        self._recent = searched[-self._num_recent :] if self._num_recent else ""
+        if self.num_tokens <= self._min_tokens:
+            self._stop_state = self._stops.skip(self._stop_state, text)
+            return None
+        self._stop_state, match = self._stops.search(self._stop_state, text)
         if match is None:
             return None
-        end, start, stop = match
-        self._cut(len(searched) - (end if self._include_stop else start))
+        self._cut(len(text) - match.end + (0 if self._include_stop else len(match.stop)))
         self._finished = True
-        return stop
+        return match.stop
 
     def _cut(self, num_characters: int) -> None:
         """Removes characters from the end of the text."""
@@ -150,20 +148,6 @@ class IncrementalDetokenizer:
 
     def _num_held(self) -> int:
         """Characters at the end that begin a stop string and would have to be taken back if it were completed."""
-        if self._finished or self._include_stop:
+        if self._stops is None or self._finished or self._include_stop:
             return 0
-        recent = self._recent
-        for length in range(len(recent), 0, -1):
-            if any(stop.startswith(recent[-length:]) for stop in self._stops if len(stop) > length):
-                return length
-        return 0
-
-
-def _first_match(text: str, stops: Sequence[str], after: int) -> tuple[int, int, str] | None:
-    """Returns (end, start, stop string) of the occurrence with the smallest end above `after`; of ties the longest."""
-    matches = []
-    for stop in stops:
-        start = text.find(stop, max(0, after - len(stop) + 1))
-        if start >= 0:
-            matches.append((start + len(stop), start, stop))
-    return min(matches, default=None)
+        return self._stops.num_held(self._stop_state)

@@ -26,8 +26,8 @@ from jaxengine.workers.pool import WorkerPool
 class Core(Protocol):
     """What runs requests: an `EngineCore`, or a client of one in another process."""
 
-    def add_request(self, request: Request) -> None:
-        """Queues a request; raises ValueError if it cannot run."""
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        """Queues the completions of a request; raises ValueError if one cannot run."""
         ...
 
     def finish_request(
@@ -98,8 +98,7 @@ class EngineFront:
             processed.params,
         )
         try:
-            for child in processed.children:
-                self._core.add_request(child)
+            self._core.add_requests(processed.children)
         except BaseException:
             self.abort([processed.request_id])
             raise
@@ -147,11 +146,11 @@ def load_tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Any:
         return checkpoint.tokenizer()
     if name.endswith(".gguf"):
         return resolve_model(name).tokenizer()
-    from jaxengine.loading.safetensors_checkpoint import auto_tokenizer
+    from jaxengine.loading.safetensors_checkpoint import open_tokenizer
 
     try:
-        return auto_tokenizer().from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return open_tokenizer(name)
+    except ValueError as error:
         raise ValueError(f"tokenizer={name!r} cannot be loaded: {error}") from error
 
 
@@ -161,7 +160,10 @@ def default_sampling_params(args: EngineArgs, checkpoint: Checkpoint) -> Samplin
         return SamplingParams()
     given = checkpoint.generation_config
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return SamplingParams(**{name: given[name] for name in names if given.get(name) is not None})
+    try:
+        return SamplingParams(**{name: given[name] for name in names if given.get(name) is not None})
+    except ValueError as error:
+        raise ValueError(f"the generation_config.json of {checkpoint.path}: {error}") from error
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> list[int]:

@@ -1,22 +1,32 @@
-"""Prompts in, `Request`s out: every form a prompt may have, tokenising, and all checks, before anything runs."""
+"""Prompts in, `Request`s out: tokenising, and all checks, before anything runs."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from jaxengine.engine.chat import normalize_conversations, render_chat
+from jaxengine.engine.prompts import Prompt, PromptInput, normalize_prompt, normalize_prompts
+from jaxengine.engine.prompts import at as _at
 from jaxengine.engine.request import Request
+from jaxengine.messages import quote
 from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
 from jaxengine.structured.grammar import Grammar
 from jaxengine.workers.grammars import GrammarChecker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LONG_TEXT = 2**16
+"""Characters of a text that is tokenised without asking first whether that can be of use."""
+TEXT_PIECE = 2**15
+"""Characters of the pieces in which the tokens of a longer text are counted."""
+MAX_TRUNCATION = 4
+"""How many times as long as `max_model_len` a text may be of which `truncate_prompt_tokens` keeps the end."""
 
 __all__ = [
     "InputProcessor",
@@ -29,34 +39,6 @@ __all__ = [
 ]
 
 
-class PromptDict(TypedDict, total=False):
-    """A prompt as a dict: "prompt" or "prompt_token_ids", or both (then the text is only kept for the output)."""
-
-    prompt: str
-    prompt_token_ids: list[int]
-    cache_salt: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt.
-
-    Attributes:
-        text: The text; None if only token ids are given.
-        token_ids: The token ids; None if the text is to be tokenised.
-        cache_salt: Cached pages are shared only with requests of the same salt.
-        add_special_tokens: Whether tokenising adds BOS and the like (a rendered chat has them in its text).
-    """
-
-    text: str | None = None
-    token_ids: list[int] | None = None
-    cache_salt: str | None = None
-    add_special_tokens: bool = True
-
-
-PromptInput = str | Sequence[int] | PromptDict | Prompt
-
-
 @dataclass
 class ProcessedInput:
     """What the engine adds for one prompt.
@@ -66,7 +48,8 @@ class ProcessedInput:
         prompt_text: The prompt's text, if it was given one.
         prompt_token_ids: Its token ids, truncated if asked for.
         params: The checked parameters of the whole request.
-        children: One `Request` for each of the `n` completions.
+        children: One `Request` for each of the `n` completions. The parameters of all requests of a call share lists
+            and dicts.
     """
 
     request_id: str
@@ -76,77 +59,13 @@ class ProcessedInput:
     children: list[Request]
 
 
-def normalize_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
-    """Turns one prompt or many, each text, token ids or a dict, into a list.
+@dataclass
+class _Checked:
+    """What is made of parameters once, for all prompts of a call that have them."""
 
-    A list of integers is one prompt of token ids; any other list (or tuple) is several prompts.
-
-    Raises:
-        ValueError: Something in it is no prompt.
-    """
-    if isinstance(prompts, (str, Mapping, Prompt)) or _is_token_list(prompts):
-        return [_normalize_prompt(prompts)]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray)):
-        raise ValueError(f"prompt must be {_ACCEPTED}, or a list of these, got {prompts!r}")
-    return [_at(f"prompts[{i}]", _normalize_prompt, prompt) for i, prompt in enumerate(prompts)]
-
-
-_ACCEPTED = 'a string, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
-
-
-def _is_token_list(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim == 1 and value.dtype.kind in "iu"
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], numbers.Integral)
-
-
-def _normalize_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    if isinstance(prompt, str):
-        return Prompt(text=prompt)
-    if isinstance(prompt, Mapping):
-        return _normalize_dict(prompt)
-    if isinstance(prompt, (list, tuple, np.ndarray)):
-        return Prompt(token_ids=_checked_token_ids(prompt))
-    raise ValueError(f"prompt must be {_ACCEPTED}, got {prompt!r}")
-
-
-def _normalize_dict(prompt: Mapping[str, Any]) -> Prompt:
-    unknown = [key for key in prompt if key not in ("prompt", "prompt_token_ids", "cache_salt")]
-    if unknown:
-        raise ValueError(
-            f'a prompt dict may hold "prompt", "prompt_token_ids" and "cache_salt", got key {unknown[0]!r}'
-        )
-    text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
-    if text is None and token_ids is None:
-        raise ValueError(f'a prompt dict must hold "prompt" or "prompt_token_ids", got {dict(prompt)!r}')
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f'"prompt" must be a string, got {text!r}')
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise ValueError(f'"cache_salt" must be a string that is not empty, got {salt!r}')
-    return Prompt(text, None if token_ids is None else _checked_token_ids(token_ids), salt)
-
-
-def _checked_token_ids(values: Any) -> list[int]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ValueError(f"prompt_token_ids must be a list of integers, got {values!r}")
-    token_ids = list(values)
-    # Prompts are long: one look at all the types, and at each value only if there is any but int.
-    if set(map(type, token_ids)) <= {int}:
-        return token_ids
-    for value in token_ids:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
-            raise ValueError(f"prompt_token_ids must be a list of integers, got {value!r} in it")
-    return [int(value) for value in token_ids]
-
-
-def _at[**P, R](where: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Calls a function; a ValueError's message then begins with the place it is about."""
-    try:
-        return function(*args, **kwargs)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    params: SamplingParams
+    grammar: Grammar | None
+    stop_token_ids: frozenset[int]
 
 
 class InputProcessor:
@@ -219,11 +138,13 @@ class InputProcessor:
             if form is not None and self._grammars is not None:
                 _at("structured_outputs", self._grammars.begin, form)  # all at once, not one after the other
         results = []
+        checked: dict[int, _Checked] = {}  # by the identity of the parameters
         for i, prompt in enumerate(normal):
             where = f"prompts[{i}]" if num > 1 else "prompt"
-            results.append(
-                _at(where, self.process_one, ids[i], prompt, all_params[i], int(priorities[i] or 0), arrival_time)
-            )
+            key = id(all_params[i])
+            if key not in checked:
+                checked[key] = _at(where, self._checked, all_params[i])
+            results.append(_at(where, self._make, ids[i], prompt, checked[key], int(priorities[i] or 0), arrival_time))
         return results
 
     def process(
@@ -254,23 +175,38 @@ class InputProcessor:
         Raises:
             ValueError: Names the field and the value that is wrong.
         """
-        normal = _normalize_prompt(prompt)
+        normal = normalize_prompt(prompt)
+        return self._make(request_id, normal, self._checked(params), priority, arrival_time, cache_salt)
+
+    def _checked(self, params: SamplingParams | None) -> _Checked:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+            raise ValueError(f"sampling_params must be SamplingParams, got {quote(params)}")
         params = params.clone()
         self._check_params(params)
         params.bad_words_token_ids = self._tokenize_bad_words(params.bad_words or [])
-        token_ids = self._prompt_token_ids(normal, params)
-        grammar = self._grammar(params)
+        stop_token_ids = frozenset(params.stop_token_ids or ()) | (
+            frozenset() if params.ignore_eos else self.eos_token_ids
+        )
+        return _Checked(params, self._grammar(params), stop_token_ids)
+
+    def _make(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        checked: _Checked,
+        priority: int,
+        arrival_time: float,
+        cache_salt: str | None = None,
+    ) -> ProcessedInput:
+        params = copy.copy(checked.params)
+        token_ids = self._prompt_token_ids(prompt, params)
         room = self.max_model_len - len(token_ids)
-        assert params.stop_token_ids is not None
-        stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         children = []
         for index in range(params.n):
             child_params = params
             if params.n > 1:
-                child_params = params.clone()
+                child_params = copy.copy(params)
                 child_params.n = 1
                 child_params.seed = None if params.seed is None else params.seed + index
             children.append(
@@ -279,14 +215,14 @@ class InputProcessor:
                     prompt_token_ids=token_ids,
                     sampling_params=child_params,
                     max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-                    stop_token_ids=stop_token_ids,
+                    stop_token_ids=checked.stop_token_ids,
                     priority=priority,
                     arrival_time=arrival_time,
-                    cache_salt=normal.cache_salt if cache_salt is None else cache_salt,
-                    grammar=grammar,
+                    cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
+                    grammar=checked.grammar,
                 )
             )
-        return ProcessedInput(request_id, normal.text, token_ids, params, children)
+        return ProcessedInput(request_id, prompt.text, token_ids, params, children)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text.
@@ -295,12 +231,49 @@ class InputProcessor:
             ValueError: There is no tokenizer, or the text is not valid Unicode (half of a surrogate pair, from JSON).
         """
         if self.tokenizer is None:
-            raise ValueError(f"prompt={text!r}: there is no tokenizer; give prompt_token_ids")
+            raise ValueError(f"prompt={quote(text)}: there is no tokenizer; give prompt_token_ids")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt is not valid Unicode: {error}") from error
+            raise ValueError(f"prompt is not valid Unicode: half of a surrogate pair at {error.start}") from error
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def check_length(self, text: str, *, times: int = 1) -> None:
+        """Checks that a text may have as few tokens as fit, before it is tokenised: that takes long and much memory.
+
+        It cannot if it has more characters than so many of the longest tokens; and it does not if its pieces have twice
+        as many tokens, which they are counted for from the beginning until they do.
+
+        Args:
+            text: The text.
+            times: It may have so many times `max_model_len` tokens.
+
+        Raises:
+            ValueError: It has too many.
+        """
+        if len(text) <= LONG_TEXT or self.tokenizer is None:
+            return
+        advice = f"max_model_len={self.max_model_len} leaves room for {self.max_model_len - 1} and one output token"
+        advice += "; shorten it" if times > 1 else "; shorten it or set truncate_prompt_tokens"
+        num_tokens = times * self.max_model_len
+        if len(text) > num_tokens * self._longest_token:
+            longest = f"tokens of at most {self._longest_token} characters"
+            raise ValueError(f"the prompt has {len(text)} characters in {longest}, but {advice}")
+        if len(text) <= 8 * num_tokens:  # as texts of usual tokens have
+            return
+        num_counted = 0
+        for start in range(0, len(text), TEXT_PIECE):
+            piece = text[start : start + TEXT_PIECE]
+            num_counted += len(self.tokenizer.encode(piece, add_special_tokens=False))
+            if num_counted > 2 * num_tokens:
+                raise ValueError(f"the prompt has more than {num_tokens} tokens, but {advice}")
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token, as it spells it, which is no shorter than its text."""
+        tokenizer: Any = self.tokenizer
+        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+        return max(map(len, vocabulary), default=2**10)
 
     @staticmethod
     def _one_each(name: str, values: Any, num: int, kind: type) -> list[Any]:
@@ -308,21 +281,22 @@ class InputProcessor:
         if values is None or isinstance(values, kind):
             return [values] * num
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-            raise ValueError(f"{name} must be {kind.__name__} or a list of them, got {values!r}")
+            raise ValueError(f"{name} must be {kind.__name__} or a list of them, got {quote(values)}")
         if len(values) != num:
             raise ValueError(f"{name} must be one for all prompts or one each: got {len(values)} for {num} prompts")
         for value in values:
             if not isinstance(value, kind):
-                raise ValueError(f"{name} must be {kind.__name__} or a list of them, got {value!r} in the list")
+                raise ValueError(f"{name} must be {kind.__name__} or a list of them, got {quote(value)} in the list")
         return list(values)
 
     def _prompt_token_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         token_ids = prompt.token_ids
         if token_ids is None:
             assert prompt.text is not None
+            self.check_length(prompt.text, times=1 if params.truncate_prompt_tokens is None else MAX_TRUNCATION)
             token_ids = self.tokenize(prompt.text, add_special_tokens=prompt.add_special_tokens)
         if not token_ids:
-            given = "prompt_token_ids=[]" if prompt.token_ids is not None else f"prompt={prompt.text!r}"
+            given = "prompt_token_ids=[]" if prompt.token_ids is not None else f"prompt={quote(prompt.text)}"
             raise ValueError(f"{given}: a prompt must have at least one token")
         self._check_in_vocabulary("prompt_token_ids", token_ids)
         if params.truncate_prompt_tokens is not None:
@@ -361,7 +335,7 @@ class InputProcessor:
         self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
         self._check_in_vocabulary("logit_bias", params.logit_bias or ())
         if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r}: there is no tokenizer to make text to search in")
+            raise ValueError(f"stop={quote(params.stop)}: there is no tokenizer to make text to search in")
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:
         """The grammar of structured outputs, looked at once here so that a wrong one is told before anything runs."""
@@ -387,19 +361,22 @@ class InputProcessor:
         sequences: list[list[int]] = []
         for word in words:
             if self.tokenizer is None:
-                raise ValueError(f"bad_words: {word!r} needs a tokenizer, and there is none")
+                raise ValueError(f"bad_words: {quote(word)} needs a tokenizer, and there is none")
+            if len(word) > LONG_TEXT:
+                raise ValueError(f"bad_words: {quote(word)} has {len(word)} characters: it has too many tokens")
             bare, spaced = (
                 list(self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " ")
             )
             if not bare:
-                raise ValueError(f"bad_words: {word!r} has no tokens")
+                raise ValueError(f"bad_words: {quote(word)} has no tokens")
             forms = [bare]
             if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
                 forms.append(spaced)
             for form in forms:
                 if len(form) > self.max_bad_word_len:
                     raise ValueError(
-                        f"bad_words: {word!r} has {len(form)} tokens, at most {self.max_bad_word_len} are supported"
+                        f"bad_words: {quote(word)} has {len(form)} tokens, "
+                        f"at most {self.max_bad_word_len} are supported"
                     )
                 if form not in sequences:
                     sequences.append(form)

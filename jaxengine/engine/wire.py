@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,23 +18,24 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.grammar import Grammar
 
 NOT_SENT = {
-    *("n", "stop", "bad_words", "bad_words_token_ids", "max_tokens", "truncate_prompt_tokens"),
+    *("n", "seed", "stop", "bad_words", "bad_words_token_ids", "max_tokens", "truncate_prompt_tokens"),
     *("output_kind", "logits_processors", "extra_args", "structured_outputs"),
 }
 """Fields of `SamplingParams` that the front alone reads, that cannot be sent, or that are sent in another form."""
 
 
 class Add(msgspec.Struct, tag=True, array_like=True):
-    """Front to core: queue a request.
+    """Front to core: queue the completions of a request, which differ in their ids and seeds only.
 
     Attributes:
-        key: Names the request in all later messages; never used again, unlike a caller's id.
-        sampling_params: Fields that differ from their defaults.
+        keys: Name each of them in all later messages; never used again, unlike a caller's id.
+        sampling_params: Fields that differ from their defaults, but for the seed.
         bad_words_token_ids: See `SamplingParams`.
     """
 
-    key: int
-    request_id: str
+    keys: list[int]
+    request_ids: list[str]
+    seeds: list[int | None]
     prompt_token_ids: list[int]
     sampling_params: dict[str, Any]
     bad_words_token_ids: list[list[int]]
@@ -44,11 +47,13 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     grammar: Grammar | None
 
     @classmethod
-    def of(cls, key: int, request: Request) -> Add:
+    def of(cls, keys: list[int], requests: Sequence[Request]) -> Add:
+        request = requests[0]
         params = request.sampling_params
         return cls(
-            key,
-            request.request_id,
+            keys,
+            [request.request_id for request in requests],
+            [request.sampling_params.seed for request in requests],
             request.prompt_token_ids,
             {name: value for name in _SENT if (value := getattr(params, name)) != _DEFAULTS[name]},
             params.bad_words_token_ids or [],
@@ -60,21 +65,29 @@ class Add(msgspec.Struct, tag=True, array_like=True):
             request.grammar,
         )
 
-    def request(self) -> Request:
-        """Makes the request anew, on the other side."""
-        params = SamplingParams(**self.sampling_params, max_tokens=None)
-        params.bad_words_token_ids = self.bad_words_token_ids
-        return Request(
-            request_id=self.request_id,
-            prompt_token_ids=self.prompt_token_ids,
-            sampling_params=params,
-            max_tokens=self.max_tokens,
-            stop_token_ids=frozenset(self.stop_token_ids),
-            priority=self.priority,
-            arrival_time=self.arrival_time,
-            cache_salt=self.cache_salt,
-            grammar=self.grammar,
-        )
+    def requests(self) -> list[Request]:
+        """Makes the requests anew, on the other side. Their parameters share lists and dicts."""
+        shared = SamplingParams(**self.sampling_params, max_tokens=None)
+        shared.bad_words_token_ids = self.bad_words_token_ids
+        stop_token_ids = frozenset(self.stop_token_ids)
+        requests = []
+        for request_id, seed in zip(self.request_ids, self.seeds, strict=True):
+            params = copy.copy(shared)
+            params.seed = seed
+            requests.append(
+                Request(
+                    request_id=request_id,
+                    prompt_token_ids=self.prompt_token_ids,
+                    sampling_params=params,
+                    max_tokens=self.max_tokens,
+                    stop_token_ids=stop_token_ids,
+                    priority=self.priority,
+                    arrival_time=self.arrival_time,
+                    cache_salt=self.cache_salt,
+                    grammar=self.grammar,
+                )
+            )
+        return requests
 
 
 _SENT = [field.name for field in dataclasses.fields(SamplingParams) if field.name not in NOT_SENT]
@@ -220,13 +233,14 @@ def key_of(data: bytes | msgspec.Raw, place: int) -> int | None:
 
     Args:
         data: An encoded array.
-        place: Where the key stands in it.
+        place: Where the key, or the list of those of a request's completions, stands in it.
 
     Returns:
-        The key; None if there is none.
+        The key, or the first; None if there is none.
     """
     try:
-        key = msgspec.msgpack.decode(data)[place]
+        found = msgspec.msgpack.decode(data)[place]
+        key = found[0] if isinstance(found, list) else found
     except (msgspec.DecodeError, LookupError, TypeError, ValueError):
         return None
     return key if isinstance(key, int) else None

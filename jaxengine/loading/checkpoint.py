@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxengine.models.config import ModelConfig
 
 
 class StoredTensor(Protocol):
@@ -30,6 +33,21 @@ class StoredTensor(Protocol):
 Tensor = np.ndarray | StoredTensor
 
 
+def check_size(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Checks that a configuration describes no more than the files hold, before anything is allocated for it.
+
+    Raises:
+        ValueError: The matrices of its layers alone have more numbers than all tensors together.
+    """
+    held = checkpoint.num_elements
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    needed = config.num_layers * config.hidden_size * (heads + 2 * config.intermediate_size)
+    if held is not None and needed > held:
+        raise ValueError(
+            f"the configuration of {checkpoint.path} describes layers of {needed} parameters; its files hold {held}"
+        )
+
+
 @runtime_checkable
 class Checkpoint(Protocol):
     """Weights, configuration and tokenizer of one model, in Hugging Face's names and orientation.
@@ -46,6 +64,11 @@ class Checkpoint(Protocol):
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors, as in a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`)."""
+        ...
+
+    @property
+    def num_elements(self) -> int | None:
+        """Numbers in all tensors together; None if there are none to be counted."""
         ...
 
     def get(self, name: str) -> Tensor:

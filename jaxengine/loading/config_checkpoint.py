@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxengine.loading.safetensors_checkpoint import read_json
+from jaxengine.loading.safetensors_checkpoint import read_config
 
 
 class ConfigCheckpoint:
@@ -26,7 +26,7 @@ class ConfigCheckpoint:
         file = self.path / "config.json" if self.path.is_dir() else self.path
         if not file.is_file():
             raise ValueError(f"{self.path} is not a model: it has no config.json")
-        config = read_json(file)
+        config = read_config(file)
         self.config: dict[str, Any] = config
         self.generation_config: dict[str, Any] = {}
         eos = config.get("eos_token_id")
@@ -36,6 +36,10 @@ class ConfigCheckpoint:
     def tensor_names(self) -> set[str]:
         """Always empty."""
         return set()
+
+    @property
+    def num_elements(self) -> None:
+        """None: nobody knows."""
 
     def get(self, name: str) -> np.ndarray:
         """Always raises ValueError."""
@@ -50,8 +54,8 @@ class ConfigCheckpoint:
         Raises:
             ValueError: There is none.
         """
-        from jaxengine.loading.safetensors_checkpoint import _TOKENIZER_FILES, auto_tokenizer
+        from jaxengine.loading.safetensors_checkpoint import TOKENIZER_FILES, open_tokenizer
 
-        if self.path.is_dir() and any((self.path / name).is_file() for name in _TOKENIZER_FILES):
-            return auto_tokenizer().from_pretrained(str(self.path), local_files_only=True)
+        if self.path.is_dir() and any((self.path / name).is_file() for name in TOKENIZER_FILES):
+            return open_tokenizer(str(self.path), is_local=True)
         raise ValueError(f"{self.path} has no tokenizer: set skip_tokenizer_init=True, or name a tokenizer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 
 from jaxengine.loading import gguf_families
 from jaxengine.loading.dequantize import dequantize
+from jaxengine.loading.files import reading, typed
 from jaxengine.loading.gguf_file import GGUFFile, GGUFTensor
-from jaxengine.loading.gguf_tokenizer import end_of_generation_ids, gguf_tokenizer
+from jaxengine.loading.gguf_tokenizer import check_tokens, end_of_generation_ids, gguf_tokenizer
+from jaxengine.loading.schemas import ConfigFile
 
 _PLAIN_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -42,6 +45,7 @@ class GGUFCheckpoint:
         try:
             shapes = {name: tensor.shape for name, (_, tensor) in tensors.items()}
             self.config = gguf_families.hf_config(metadata, self._family, shapes)
+            typed(self.config, ConfigFile, "its metadata")
             self._tensors: dict[str, tuple[GGUFFile, GGUFTensor]] = {}
             for name, place in tensors.items():
                 if (hf_name := gguf_families.hf_name(name, self._family)) is not None:
@@ -52,6 +56,7 @@ class GGUFCheckpoint:
                 self.config["rope_scaling"] = gguf_families.llama3_scaling(factors, theta, head_dim)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        check_tokens(self._metadata, self.path)
         self._add_ids_and_dtype()
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()
@@ -59,6 +64,11 @@ class GGUFCheckpoint:
     def tensor_names(self) -> set[str]:
         """Names of all tensors, as in a Hugging Face checkpoint."""
         return set(self._tensors)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(math.prod(tensor.shape) for _, tensor in self._tensors.values())
 
     def get(self, name: str) -> np.ndarray:
         """Reads, dequantises and reorders one tensor; see `Checkpoint.get`. Call it from several threads."""
@@ -82,7 +92,8 @@ class GGUFCheckpoint:
         """The tokenizer of the file's own metadata; the same object each call."""
         with self._tokenizer_lock:
             if self._tokenizer is None:
-                self._tokenizer = gguf_tokenizer(self._metadata, self.path)
+                with reading(f"the tokenizer of {self.path}"):
+                    self._tokenizer = gguf_tokenizer(self._metadata, self.path)
             return self._tokenizer
 
     def _rope_rows(self, file: GGUFFile, tensor: GGUFTensor, heads: int) -> np.ndarray:

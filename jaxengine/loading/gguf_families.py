@@ -6,6 +6,7 @@ file is silent.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_LAYERS, MAX_HEADS = 1024, 4096
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -47,7 +49,10 @@ class Metadata:
 
     def __init__(self, values: dict[str, Any], path: object):
         self._values, self._path = values, path
-        self.arch: str = values.get("general.architecture", "")
+        arch = values.get("general.architecture", "")
+        if not isinstance(arch, str):
+            raise ValueError(f"{path}: metadata general.architecture is {arch!r:.100}, expected a text")
+        self.arch: str = arch
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `{arch}.{key}`."""
@@ -62,8 +67,15 @@ class Metadata:
         value = self.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{self._path}: metadata {self.arch}.{key} is {value!r}, expected one number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{self._path}: metadata {self.arch}.{key} is {value!r:.100}, expected one number")
+        return value
+
+    def count(self, key: str, default: Any = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
+        """An integer from `least` to `most`, otherwise as `number`."""
+        value = self.number(key, default)
+        if not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{self._path}: metadata {self.arch}.{key} is {value!r}, expected {least} to {most}")
         return value
 
 
@@ -122,7 +134,8 @@ def _gemma(config: dict[str, Any], metadata: Metadata, *, period: int, layers_of
     window = metadata.get("attention.sliding_window")
     pattern = metadata.get("attention.sliding_window_pattern", period)
     if not isinstance(pattern, list):
-        pattern = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+        period = metadata.count("attention.sliding_window_pattern", period)
+        pattern = [(layer + 1) % period != 0 for layer in range(num_layers)]
     sliding = [bool(slides and window) for slides in pattern[:num_layers]]
     config["sliding_window"] = window
     config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
@@ -180,30 +193,30 @@ def hf_config(metadata: Metadata, family: Family, shapes: dict[str, tuple[int, .
     """
     if "token_embd.weight" not in shapes:
         raise ValueError("the GGUF file has no tensor 'token_embd.weight': it holds no language model")
-    heads = metadata.number("attention.head_count")
-    hidden = metadata.number("embedding_length")
-    key_length = metadata.number("attention.key_length", hidden // heads)
+    heads = metadata.count("attention.head_count", most=MAX_HEADS)
+    hidden = metadata.count("embedding_length")
+    key_length = metadata.count("attention.key_length", hidden // heads)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
-        "intermediate_size": metadata.number("feed_forward_length"),
-        "num_hidden_layers": metadata.number("block_count"),
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": metadata.count("block_count", least=0, most=MAX_LAYERS),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.number("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.count("attention.head_count_kv", heads, most=MAX_HEADS),
         "head_dim": key_length,
         "hidden_act": "gelu_pytorch_tanh" if family.norm_offset else "silu",
         # Stored as float32: 9.999999747378752e-06 was 1e-05.
         "rms_norm_eps": _short_float(metadata.number("attention.layer_norm_rms_epsilon")),
-        "max_position_embeddings": metadata.number("context_length"),
+        "max_position_embeddings": metadata.count("context_length"),
         "rope_theta": _short_float(metadata.number("rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(metadata),
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in shapes,
         "tie_word_embeddings": "output.weight" not in shapes,
     }
-    rotary = metadata.number("rope.dimension_count", key_length)
+    rotary = metadata.count("rope.dimension_count", key_length)
     if rotary != key_length:
         config["partial_rotary_factor"] = rotary / key_length
     family.extra(config, metadata)

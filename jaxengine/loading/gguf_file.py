@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxengine.loading.files import open_regular
+
 _STRING, _ARRAY = 8, 9
+_MAX_DEPTH, _MAX_AXES = 4, 8
 # Metadata value type -> struct format of one scalar.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -71,8 +75,8 @@ class GGUFFile:
             ValueError: It is not a GGUF file of version 2 or 3, or is cut short (names the first tensor cut).
         """
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            if self.path.stat().st_size < 24 or file.read(4) != b"GGUF":
+        with open_regular(self.path) as file:
+            if os.fstat(file.fileno()).st_size < 24 or file.read(4) != b"GGUF":
                 raise ValueError(f"{self.path} is not a GGUF file: it does not start with the bytes 'GGUF'")
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         version, num_tensors, num_pairs = struct.unpack_from("<IQQ", self._data, 4)
@@ -101,6 +105,8 @@ class GGUFFile:
         for _ in range(num_pairs):
             key, pos = self._string(pos)
             (kind,) = struct.unpack_from("<I", self._data, pos)
+            if key in self.metadata:
+                raise ValueError(f"{self.path}: metadata key {key!r} comes twice")
             self.metadata[key], pos = self._value(kind, pos + 4, key)
         return pos
 
@@ -124,7 +130,7 @@ class GGUFFile:
             pos = end
         return strings, pos
 
-    def _value(self, kind: int, pos: int, key: str) -> tuple[Any, int]:
+    def _value(self, kind: int, pos: int, key: str, depth: int = 0) -> tuple[Any, int]:
         if kind == _STRING:
             return self._string(pos)
         if kind == _ARRAY:
@@ -137,9 +143,11 @@ class GGUFFile:
                 if pos + size > len(self._data):
                     raise struct.error(f"the array {key} of {count} items ends past the file")
                 return list(struct.unpack_from(f"<{count}{_SCALARS[item_kind]}", self._data, pos)), pos + size
+            if depth >= _MAX_DEPTH:
+                raise ValueError(f"{self.path}: metadata key {key!r} is nested more than {_MAX_DEPTH} deep")
             values = []
             for _ in range(count):
-                value, pos = self._value(item_kind, pos, key)
+                value, pos = self._value(item_kind, pos, key, depth + 1)
                 values.append(value)
             return values, pos
         if kind not in _SCALARS:
@@ -152,6 +160,8 @@ class GGUFFile:
         for _ in range(num_tensors):
             name, pos = self._string(pos)
             (num_dims,) = struct.unpack_from("<I", self._data, pos)
+            if num_dims > _MAX_AXES:
+                raise ValueError(f"{self.path} is truncated or damaged: tensor {name!r:.100} has {num_dims} axes")
             *dims, type_id, offset = struct.unpack_from(f"<{num_dims}QIQ", self._data, pos + 4)
             headers.append((name, tuple(reversed(dims)), type_id, offset))
             pos += 4 + 8 * num_dims + 12
@@ -159,7 +169,17 @@ class GGUFFile:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"{self.path}: general.alignment is {alignment!r}, expected a positive integer")
         start = -(-pos // alignment) * alignment
-        return {name: self._tensor(name, shape, type_id, start + offset) for name, shape, type_id, offset in headers}
+        tensors: dict[str, GGUFTensor] = {}
+        for name, shape, type_id, offset in headers:
+            if name in tensors:
+                raise ValueError(f"{self.path}: tensor {name} comes twice")
+            tensors[name] = self._tensor(name, shape, type_id, start + offset)
+        position, last = start, "the header"
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            if tensor.offset < position:
+                raise ValueError(f"{self.path}: tensor {tensor.name} overlaps {last}")
+            position, last = tensor.offset + tensor.num_bytes, f"tensor {tensor.name}"
+        return tensors
 
     def _tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> GGUFTensor:
         type_name, block, block_bytes = _COMMON_TYPES.get(type_id) or _rare_type(type_id, name, self.path)
@@ -167,6 +187,8 @@ class GGUFFile:
             raise ValueError(
                 f"{self.path}: tensor {name} has rows of {shape[-1]}, no multiple of {type_name}'s {block}"
             )
+        if not shape:
+            raise ValueError(f"{self.path}: tensor {name} has no axes")
         num_bytes = math.prod(shape) // block * block_bytes
         if offset + num_bytes > len(self._data):
             raise ValueError(

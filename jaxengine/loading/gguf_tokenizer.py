@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,31 @@ _END_TEXTS = (
 )
 
 
+def check_tokens(metadata: dict[str, Any], path: str | Path) -> None:
+    """Raises ValueError if a key that describes the tokenizer has another type than it should, or another length."""
+
+    def check(key: str, what: str, is_right: Callable[[Any], bool]) -> None:
+        value = metadata.get(key)
+        if value is not None and not is_right(value):
+            raise ValueError(f"{path}: metadata {key} is {value!r:.100}, expected {what}")
+
+    def is_list_of(*kinds: type) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, list) and set(map(type, value)) <= set(kinds)
+
+    for key in ("tokens", "merges"):
+        check(_KEY + key, "a list of texts", is_list_of(str))
+    check(f"{_KEY}token_type", "a list of integers", is_list_of(int))
+    check(f"{_KEY}scores", "a list of numbers", is_list_of(float, int))
+    for key in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        check(f"{_KEY}{key}_token_id", "an integer", lambda value: type(value) is int)
+    for key in ("model", "pre"):
+        check(_KEY + key, "a text", lambda value: isinstance(value, str))
+    check("tokenizer.chat_templates", "a list of texts", is_list_of(str))
+    num_tokens = len(metadata.get(f"{_KEY}tokens") or [])
+    for key in ("token_type", "scores"):
+        check(_KEY + key, f"one for each of {num_tokens} tokens", lambda value: not value or len(value) == num_tokens)
+
+
 def end_of_generation_ids(metadata: dict[str, Any]) -> list[int]:
     """Ids that end generation: EOS first, then the ends of a turn or of a message, named by the file or known by text.
 
@@ -72,7 +98,7 @@ def end_of_generation_ids(metadata: dict[str, Any]) -> list[int]:
     ids = [_named_ids(metadata)["eos"], metadata.get(f"{_KEY}eot_token_id"), metadata.get(f"{_KEY}eom_token_id")]
     wanted = set(_END_TEXTS)
     ids += [i for i, token in enumerate(tokens) if token in wanted and (types is None or types[i] == _CONTROL)]
-    return list(dict.fromkeys(i for i in ids if i is not None and i < len(tokens)))
+    return list(dict.fromkeys(i for i in ids if i is not None and 0 <= i < len(tokens)))
 
 
 def gguf_tokenizer(metadata: dict[str, Any], path: str | Path) -> LightTokenizer:

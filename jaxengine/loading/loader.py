@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import mmap
 from collections.abc import Sequence
@@ -24,8 +25,13 @@ from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.sharding.layout import ZEROS, Runs, cut
 from jaxengine.sharding.rules import named_sharding
 
+logger = logging.getLogger(__name__)
+
 NUM_READERS = 4
 """Threads that read, convert and copy tensors: enough to keep a disk busy, few enough to bound the copies alive."""
+CHECKED_AT_ONCE = 2**17
+"""Numbers that fit into a core's cache."""
+_INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 MAPPED_BYTES = 2**29
 """How much of the files may be mapped before it is given back: a process is charged for what it has read of them."""
 
@@ -68,10 +74,18 @@ def load_model(
         _check_shapes(path, param, spec, tensors, checkpoint)
         runs = param.get_metadata("rows"), param.get_metadata("columns")
         read = functools.partial(_read_slice, tensors, np.dtype(param.dtype), param.shape, runs)
+
+        def read_checked(index: tuple[slice, ...] | None) -> np.ndarray:
+            values = read(index)
+            if not _are_finite(values):
+                names = ", ".join(spec.names)
+                logger.warning("%s of %s has NaN or infinity in it: outputs will be wrong", names, checkpoint.path)
+            return values
+
         if mesh is None:  # not committed to a device: computations then go wherever their other arguments are
-            param.set_value(jax.device_put(read((slice(None),) * len(param.shape))))
+            param.set_value(jax.device_put(read_checked((slice(None),) * len(param.shape))))
         else:
-            param.set_value(jax.make_array_from_callback(param.shape, _sharding(param, mesh), read))
+            param.set_value(jax.make_array_from_callback(param.shape, _sharding(param, mesh), read_checked))
         return math.prod(param.shape) * np.dtype(param.dtype).itemsize
 
     mapped = 0
@@ -172,6 +186,22 @@ def _copy(out: np.ndarray, tensor: Tensor | None) -> None:
         out[...] = 0 if tensor is None else tensor
     else:
         tensor.read_into(out)
+
+
+def _are_finite(values: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite.
+
+    These are the largest if the bits are compared as integers: with a sign among positive ones, without among all.
+    """
+    if values.dtype.name not in _INFINITY:
+        return True
+    infinity, size = _INFINITY[values.dtype.name], values.dtype.itemsize
+    bits = values.reshape(-1)
+    for start in range(0, len(bits), CHECKED_AT_ONCE):
+        part = bits[start : start + CHECKED_AT_ONCE]
+        if part.view(f"i{size}").max() >= infinity or part.view(f"u{size}").max() >= infinity + (1 << 8 * size - 1):
+            return False
+    return True
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -9,18 +9,23 @@ is imported in a tenth of the time.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxengine.loading.safetensors_checkpoint import HFCheckpoint, read_json
+from jaxengine.loading.files import read_json, typed
+from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
+from jaxengine.loading.schemas import ArrayFile, TreeFile
 
 WEIGHTS = "orbax"
 """The checkpoint's folder in a converted model's."""
 STATE = "state"
 """Orbax's name for the folder of a checkpoint's tree."""
+_NAME = re.compile(r"[\w][\w.-]*")
 NUM_OPENERS = 16
 """Tensors that are opened at once: files may be far away."""
 
@@ -91,14 +96,23 @@ class ZarrTensors:
         for name in ("_CHECKPOINT_METADATA", f"{STATE}/_METADATA"):
             if not (path / name).is_file():
                 raise ValueError(f"{path} is no complete Orbax checkpoint: it has no {name}; convert the model again")
-        keys = [entry["key_metadata"] for entry in read_json(path / STATE / "_METADATA")["tree_metadata"].values()]
-        names = [".".join(part["key"] for part in key) for key in keys]
+        tree = path / STATE / "_METADATA"
+        entries = typed(read_json(tree), TreeFile, tree).tree_metadata.values()
+        names = [".".join(part.key for part in entry.key_metadata) for entry in entries]
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{tree}: {name[:200]!r} is no name of a tensor")
         with ThreadPoolExecutor(NUM_OPENERS) as pool:
             self._tensors = dict(zip(names, pool.map(self._open, names), strict=True))
 
     def names(self) -> set[str]:
         """All tensors."""
         return set(self._tensors)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(math.prod(tensor.shape) for tensor in self._tensors.values())
 
     def get(self, name: str) -> Any:
         """One tensor, of which parts can be taken before anything is read."""
@@ -118,6 +132,7 @@ class ZarrTensors:
             "context": {"file_io_mode": {"mode": "memmap"}},  # saves a copy
         }
         try:
+            _check_array(folder / "zarr.json")
             return ZarrTensor(folder, tensorstore.open(spec, read=True).result())
         except Exception as error:  # whatever TensorStore raises for what it finds
             raise ValueError(f"tensor {name!r} of {self.path} cannot be opened: {_reason(error)}") from error
@@ -129,6 +144,22 @@ class OrbaxCheckpoint(HFCheckpoint):
     def _open(self) -> list[tuple[str, Any]]:
         tensors = ZarrTensors(self.path / WEIGHTS)
         return [(name, tensors) for name in sorted(tensors.names())]
+
+
+def _check_array(path: Path) -> None:
+    """Raises ValueError if chunks of an array are larger than it: TensorStore allocates what they say."""
+    array = typed(read_json(path), ArrayFile, path)
+    parts = [array.chunk_grid, *array.codecs]
+    while parts:
+        part = parts.pop().configuration
+        if part is None:
+            continue
+        parts += part.codecs or []
+        if part.chunk_shape is not None and (
+            len(part.chunk_shape) != len(array.shape)
+            or any(chunk > size for chunk, size in zip(part.chunk_shape, array.shape, strict=True))
+        ):
+            raise ValueError(f"{path}: chunks of {part.chunk_shape} do not fit an array of {array.shape}")
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.loading.files import reading
 from jaxengine.loading.shapes import model_configs
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -77,7 +78,8 @@ def _embedded_file() -> Path:
 def _open_gguf(path: Path) -> Checkpoint:
     from jaxengine.loading.gguf_checkpoint import GGUFCheckpoint
 
-    return GGUFCheckpoint(path)
+    with reading(path):
+        return GGUFCheckpoint(path)
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -86,7 +88,8 @@ def _open_folder(path: Path) -> Checkpoint:
     from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 
     if (path / WEIGHTS).is_dir():
-        return OrbaxCheckpoint(path)
+        with reading(path):
+            return OrbaxCheckpoint(path)
     files = sorted(path.glob("*.gguf"))
     if files and not any(path.glob("*.safetensors")):
         first_parts = [file for file in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", file.name)]
@@ -94,7 +97,8 @@ def _open_folder(path: Path) -> Checkpoint:
             names = ", ".join(file.name for file in first_parts)
             raise ValueError(f"{path} holds several GGUF files; name one of them as the model: {names}")
         return _open_gguf(first_parts[0])
-    return HFCheckpoint(path)
+    with reading(path):
+        return HFCheckpoint(path)
 
 
 def _fetch(repo: str, revision: str | None) -> Path:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import mmap
+import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
+
+from jaxengine.loading.files import check_folder, one_line, open_regular, read_bytes, read_json, reading, typed
+from jaxengine.loading.schemas import ConfigFile, GenerationFile, IndexFile, TensorEntry, TokenizerFile
 
 _DTYPES = {
     "F64": np.float64,
@@ -31,7 +36,11 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json")
+_MAX_TENSORS = 200_000
+_MAX_AXES = 8
+_MAX_TOKENIZER_BYTES = 256 * 2**20
+_FILE_NAME = re.compile(r"[^/\\\0]{1,250}\.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json")
 
 
 class SafetensorsFile:
@@ -51,23 +60,23 @@ class SafetensorsFile:
             ValueError: The file is cut short or damaged (names the first tensor that is affected).
         """
         self.path = Path(path)
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
             header_size = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= header_size <= min(_MAX_HEADER, size - 8):
                 raise ValueError(
                     f"{self.path} is truncated or no safetensors file: it has {size} bytes, and says that its header "
                     f"has {header_size}"
                 )
-            try:
-                header: dict[str, Any] = json.loads(file.read(header_size))
-                header.pop("__metadata__", None)
-                self._places = {name: self._place(name, entry) for name, entry in header.items()}
-            except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-                raise ValueError(f"{self.path} has a damaged header: {error}") from error
+            self._places = self._read_header(file.read(header_size))
             self._start = 8 + header_size
             self._check_offsets(size - self._start)
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(math.prod(shape) for _, shape, _, _ in self._places.values())
 
     def names(self) -> set[str]:
         """All tensors."""
@@ -83,20 +92,39 @@ class SafetensorsFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._data.madvise(mmap.MADV_DONTNEED)
 
-    def _place(self, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    def _read_header(self, text: bytes) -> dict[str, tuple[np.dtype, tuple[int, ...], int, int]]:
+        """Dtype, shape, and first and last offset of each tensor."""
         try:
-            kind, shape = entry["dtype"], tuple(int(dim) for dim in entry["shape"])
-            start, end = (int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: the header's entry of tensor {name!r} is damaged: {entry!r}") from error
-        if kind not in _DTYPES:
-            raise ValueError(f"{self.path}: tensor {name!r} has dtype {kind!r}; known are {', '.join(_DTYPES)}")
-        dtype = np.dtype(_DTYPES[kind])
+            header = msgspec.json.decode(text.rstrip(b" "), type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{self.path} has a damaged header: {one_line(error)}") from error
+        header.pop("__metadata__", None)
+        if len(header) > _MAX_TENSORS:
+            raise ValueError(f"{self.path} has {len(header)} tensors; at most {_MAX_TENSORS} are read")
+        decode = msgspec.json.Decoder(TensorEntry).decode
+        places = {}
+        for name, data in header.items():
+            try:
+                places[name] = self._place(name, decode(data))
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise ValueError(
+                    f"{self.path}: the header's entry of tensor {name!r} is damaged: {one_line(error)}"
+                ) from error
+        return places
+
+    def _place(self, name: str, entry: TensorEntry) -> tuple[np.dtype, tuple[int, ...], int, int]:
+        shape, (start, end) = tuple(entry.shape), entry.data_offsets
+        if len(shape) > _MAX_AXES:
+            raise ValueError(f"{self.path}: tensor {name!r} has {len(shape)} axes; at most {_MAX_AXES} are read")
+        if entry.dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise ValueError(f"{self.path}: tensor {name!r} has dtype {entry.dtype[:40]!r}; known are {known}")
+        dtype = np.dtype(_DTYPES[entry.dtype])
         needed = math.prod(shape) * dtype.itemsize
-        if any(dim < 0 for dim in shape) or end - start != needed:
+        if end - start != needed:
             raise ValueError(
-                f"{self.path}: tensor {name!r} of shape {shape} and dtype {kind} takes {needed} bytes, but its offsets "
-                f"{start} to {end} hold {end - start}"
+                f"{self.path}: tensor {name!r} of shape {shape} and dtype {entry.dtype} takes {needed} bytes, but its "
+                f"offsets {start} to {end} hold {end - start}"
             )
         return dtype, shape, start, end
 
@@ -115,6 +143,8 @@ class SafetensorsFile:
                     f"{self.path} is truncated: tensor {name!r} should end at byte {self._start + end}, but the file "
                     f"has {self._start + available} bytes; fetch it again"
                 )
+        if position != available:
+            raise ValueError(f"{self.path} has {available - position} bytes after its last tensor: it is damaged")
 
 
 class HFCheckpoint:
@@ -132,7 +162,8 @@ class HFCheckpoint:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise ValueError(f"{self.path} is not a model: it has no config.json")
-        self.config = read_json(self.path / "config.json")
+        check_folder(self.path)
+        self.config = read_config(self.path / "config.json")
         self.generation_config = self._generation_config()
         self._shards: dict[str, Any] = {}
         for name, shard in self._open():
@@ -145,6 +176,11 @@ class HFCheckpoint:
     def tensor_names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._shards)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(file.num_elements for file in {id(file): file for file in self._shards.values()}.values())
 
     def get(self, name: str) -> Any:
         """One tensor, memory-mapped and read-only; see `Checkpoint.get`."""
@@ -165,17 +201,15 @@ class HFCheckpoint:
         """
         with self._tokenizer_lock:
             if self._tokenizer is None:
-                if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
-                    raise ValueError(f"{self.path} has no tokenizer: it holds none of {', '.join(_TOKENIZER_FILES)}")
-                try:
-                    self._tokenizer = auto_tokenizer().from_pretrained(str(self.path), local_files_only=True)
-                except (OSError, ImportError, KeyError) as error:
-                    raise ValueError(f"the tokenizer of {self.path} cannot be built: {error}") from error
+                if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
+                    raise ValueError(f"{self.path} has no tokenizer: it holds none of {', '.join(TOKENIZER_FILES)}")
+                self._tokenizer = open_tokenizer(str(self.path), is_local=True)
             return self._tokenizer
 
     def _generation_config(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
+        typed(generation, GenerationFile, path)
         # Multimodal models keep the language model's configuration one level down.
         configs = (generation, self.config, self.config.get("text_config") or {})
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -190,15 +224,18 @@ class HFCheckpoint:
     def _open(self) -> list[tuple[str, Any]]:
         """Every tensor with the file that holds it."""
         index = self.path / "model.safetensors.index.json"
-        if not index.is_file():
+        # A whole file goes before an index, as in transformers: the index is a leftover then.
+        if not index.is_file() or (self.path / "model.safetensors").is_file():
             files = [SafetensorsFile(path) for path in self._files_without_index()]
             return [(name, file) for file in files for name in sorted(file.names())]
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        weight_map = typed(read_json(index), IndexFile, index).weight_map
+        if not weight_map:
             raise ValueError(f"{index} has no weight_map")
         shards: dict[str, SafetensorsFile] = {}
         for tensor, file_name in sorted(weight_map.items()):
             if file_name not in shards:
+                if not _FILE_NAME.fullmatch(file_name):
+                    raise ValueError(f"{index}: {file_name[:200]!r} is no name of a file beside it")
                 path = self.path / file_name
                 if not path.is_file():
                     raise ValueError(f"{path} is missing: {index.name} says that it holds tensor {tensor!r}")
@@ -224,22 +261,39 @@ class HFCheckpoint:
         return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a `config.json`.
 
     Raises:
-        ValueError: It holds something else, or no JSON.
+        ValueError: It is none, or a field that we use has a wrong type or is out of bounds.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
+    config = read_json(path)
+    typed(config, ConfigFile, path)
+    return config
 
 
-def auto_tokenizer() -> Any:
+def open_tokenizer(name: str, *, is_local: bool = False) -> Any:
+    """Opens a tokenizer by transformers' AutoTokenizer. Code that comes with it is never run.
+
+    Args:
+        name: A folder or a hub id.
+        is_local: Fetch nothing.
+
+    Raises:
+        ValueError: There is none, or one that cannot be built, or that needs code of its own.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        for path in folder.glob("*.json"):
+            if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
+                read_bytes(path, _MAX_TOKENIZER_BYTES)
+        if (about := folder / "tokenizer_config.json").exists():
+            typed(read_json(about), TokenizerFile, about)
+    with reading(f"the tokenizer of {name}"):
+        return _auto_tokenizer().from_pretrained(name, local_files_only=is_local, trust_remote_code=False)
+
+
+def _auto_tokenizer() -> Any:
     """transformers' AutoTokenizer, imported without its advice to install PyTorch, which is not needed here."""
     logger = logging.getLogger("transformers")
 

@@ -116,6 +116,12 @@ def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | Non
     available = config.kv_cache_memory_bytes
     if available is None:
         available = CPU_CACHE_BYTES if step_bytes is None else _free_device_bytes(config, step_bytes(), bytes_in_use)
+    else:
+        total = _total_bytes(config.platform)
+        if total is not None and available > total:
+            raise ValueError(
+                f"kv_cache_memory_bytes={available}: the device has {total} bytes ({total / 2**30:.1f} GiB) in all"
+            )
     num_pages = available // page_bytes(config)
     needed = -(-config.scheduler.max_model_len // config.block_size)
     if num_pages < needed:
@@ -126,6 +132,16 @@ def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | Non
             "or gpu_memory_utilization"
         )
     return num_pages
+
+
+def _total_bytes(platform: str) -> int | None:
+    """Memory of the first device, or of the machine for CPUs; None if it does not tell."""
+    if platform == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):
+            return None
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _free_device_bytes(config: EngineConfig, step_bytes: int, bytes_in_use: int) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 ACCELERATOR_DTYPE = "bfloat16"
 MAX_TOKENS_OF_TRITON = 32
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Dtypes(NamedTuple):
@@ -53,6 +54,8 @@ def resolve_dtypes(
     if kv_cache_dtype not in accepted:
         raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {', '.join(accepted)}")
     stored = checkpoint_dtype or "float32"
+    if stored not in STORED_DTYPES:
+        raise ValueError(f"the checkpoint's dtype is {stored!r:.100}; known are {', '.join(STORED_DTYPES)}")
     is_cpu = (platform or jax.default_backend()) == "cpu"
     if dtype == "auto":
         if is_cpu:

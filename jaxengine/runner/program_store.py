@@ -86,18 +86,19 @@ class ProgramStore:
             return None
         file = self._file(key)
         with contextlib.suppress(OSError):
-            content = file.read_bytes()
+            data = file.read_bytes()
             try:
-                return export.deserialize(bytearray(content))
-            except Exception as error:  # whatever a damaged file makes the reader raise
+                return export.deserialize(bytearray(_checked(data)))
+            except Exception as error:  # of the checksum; or of JAX, for what another version has written
                 logger.warning("%s cannot be read (%s): lowering again", file, error)
+                file.unlink(missing_ok=True)
         try:
             program = export.export(jitted, platforms=[self._platform], disabled_checks=_KERNELS)(*args)
             content = program.serialize()
         except Exception as error:  # if it is the program's, the usual way raises it again
             logger.warning("the lowered %s cannot be kept: %s", key, error)
             return None
-        self._write(file, bytes(content))
+        self._write(file, _with_checksum(bytes(content)))
         return program
 
     def _file(self, key: ProgramKey) -> Path:
@@ -107,12 +108,28 @@ class ProgramStore:
     def _write(self, file: Path, content: bytes) -> None:
         """Writes a whole file or none: other processes may read and write the same."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as part:
                 (Path(part) / file.name).write_bytes(content)
                 os.replace(Path(part) / file.name, file)
         except OSError as error:
             logger.warning("%s cannot be written: %s", file, error)
+
+
+def _with_checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content).digest() + content
+
+
+def _checked(data: bytes) -> bytes:
+    """What a file holds after its checksum.
+
+    Raises:
+        ValueError: It is another one: the file is damaged, and what it holds would be run.
+    """
+    size = hashlib.blake2b().digest_size
+    if hashlib.blake2b(data[size:]).digest() != data[:size]:
+        raise ValueError("its checksum is wrong")
+    return data[size:]
 
 
 def _is_kept(key: ProgramKey) -> bool:

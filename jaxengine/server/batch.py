@@ -17,6 +17,9 @@ from typing import Any, TextIO
 import httpx
 from starlette.types import ASGIApp
 
+from jaxengine.bounded_json import check_shape
+from jaxengine.messages import quote, shorten
+
 URLS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -54,9 +57,10 @@ def read_batch(path: Path) -> Iterator[BatchLine]:
 
 def _parse(number: int, data: bytes) -> BatchLine:
     try:
+        check_shape(data)
         call = json.loads(data)
     except ValueError as error:  # of JSON, or of UTF-8
-        return BatchLine(number, error=f"no JSON: {error}")
+        return BatchLine(number, error=f"no JSON: {shorten(str(error))}")
     if not isinstance(call, dict):
         return BatchLine(number, error="expected a JSON object")
     custom_id = call.get("custom_id")
@@ -64,9 +68,9 @@ def _parse(number: int, data: bytes) -> BatchLine:
         return BatchLine(number, error="custom_id: expected a string that is not empty")
     error = None
     if call.get("method") != "POST":
-        error = f"method={call.get('method')!r}: expected POST"
+        error = f"method={quote(call.get('method'))}: expected POST"
     elif call.get("url") not in URLS:
-        error = f"url={call.get('url')!r}: expected {' or '.join(URLS)}"
+        error = f"url={quote(call.get('url'))}: expected {' or '.join(URLS)}"
     elif not isinstance(call.get("body"), dict):
         error = "body: expected a JSON object"
     elif call["body"].get("stream"):
@@ -83,7 +87,9 @@ def check_batch(path: Path) -> list[str | int]:
     places: dict[str | int, int] = {}
     for line in read_batch(path):
         if line.key in places:
-            raise ValueError(f"{path}: custom_id {line.key!r} is on line {places[line.key]} and on line {line.number}")
+            raise ValueError(
+                f"{path}: custom_id {quote(line.key)} is on line {places[line.key]} and on line {line.number}"
+            )
         places[line.key] = line.number
     if not places:
         raise ValueError(f"{path} has no line")
@@ -108,6 +114,7 @@ def answered(path: Path) -> set[str | int]:
                 break
             whole += len(data)
             try:
+                check_shape(data)
                 result = json.loads(data)
                 keys.add(result["error"]["line"] if result["custom_id"] is None else result["custom_id"])
             except (ValueError, KeyError, TypeError) as error:

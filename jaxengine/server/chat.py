@@ -12,6 +12,7 @@ from starlette.responses import Response
 from jaxengine.engine.async_llm import RequestStream
 from jaxengine.engine.inputs import ProcessedInput, Prompt
 from jaxengine.outputs import CompletionOutput, Logprob, TokenLogprobDict
+from jaxengine.server.bounds import BoundedRoute
 from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
 from jaxengine.server.parsing.call import Arguments, ToolCall
@@ -19,7 +20,7 @@ from jaxengine.server.protocol import ChatBody, ToolUse, tool_use
 from jaxengine.server.state import ServerState
 from jaxengine.server.structured import form_from
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -32,6 +33,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     parallel, auto = body.parallel_tool_calls, server.settings.enable_auto_tool_choice
     use = tool_use(body.tools, body.tool_choice, parallel=parallel, auto=auto)
     params = body.sampling_params(llm.default_sampling_params(), **server.text_options(use))
+    salt = server.cache_salt(request, body.cache_salt)
     call_id, request_id = call_ids(request, "chatcmpl")
     call = _Call(call_id, body, model, server, use)
 
@@ -39,7 +41,7 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     chat = server.chat_text(lambda: body.messages, tools=shown, **body.template_options())
 
     def process() -> list[ProcessedInput]:
-        prompt = Prompt(text=chat.text(), cache_salt=body.cache_salt, add_special_tokens=False)
+        prompt = Prompt(text=chat.text(), cache_salt=salt, add_special_tokens=False)
         with form_from("tools" if use.form else body.form_field):
             process_one = llm.input_processor.process_one
             return [process_one(request_id, prompt, params, body.priority, arrival_time=time.time())]

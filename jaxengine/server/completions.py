@@ -12,12 +12,13 @@ from starlette.responses import Response
 from jaxengine.engine.async_llm import RequestStream
 from jaxengine.engine.inputs import ProcessedInput
 from jaxengine.outputs import CompletionOutput, RequestOutput, TokenLogprobDict
+from jaxengine.server.bounds import BoundedRoute
 from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.protocol import CompletionBody
 from jaxengine.server.state import ServerState
 from jaxengine.server.structured import form_from
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/completions")
@@ -26,7 +27,8 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     server = ServerState.of(request)
     model = server.model_name(body.model)
     body.check()
-    prompts, params = body.prompts(), body.sampling_params(server.llm.default_sampling_params())
+    prompts = body.prompts(server.cache_salt(request, body.cache_salt))
+    params = body.sampling_params(server.llm.default_sampling_params())
     call_id, request_id = call_ids(request, "cmpl")
     call = _Call(call_id, server, body, model)
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from jaxengine.engine.async_llm import EngineDeadError
+from jaxengine.messages import MAX_QUOTED, shorten
 from jaxengine.workers.pool import WorkerError
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ class APIError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ):
         """Args: status: Of HTTP. param: The field that is wrong. code: A name that programs can look at."""
-        super().__init__(status, message, dict(headers or {}))
-        self.param, self.code = param, code
+        super().__init__(status, shorten(message), dict(headers or {}))
+        self.param, self.code = None if param is None else shorten(param, MAX_QUOTED), code
 
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients read."""
@@ -89,7 +90,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, StarletteHTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {shorten(request.url.path, MAX_QUOTED)}: {error.detail}"
         return APIError(error.status_code, message, headers=error.headers).response()
 
     def handle_disconnect(request: Request, error: Exception) -> Response:
@@ -103,12 +104,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _validation_error(error: RequestValidationError) -> APIError:
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return APIError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    errors = error.errors()
+    # Of a field that may be one thing or a list, too long a list says more than that it is not the one thing.
+    first = next((found for found in errors if found["type"] == "too_long"), errors[0])
     if first["loc"] == ("body",):
         return APIError(400, "the body must be a JSON object, with the header Content-Type: application/json")
-    names = [str(part) for part in first["loc"] if part != "body"]
+    names = [shorten(str(part), MAX_QUOTED) for part in first["loc"] if part != "body"]
     if first["type"] == "extra_forbidden":
         return APIError(400, f"{names[-1]}: there is no such field", param=names[0], code="unknown_field")
     where = ".".join(names)

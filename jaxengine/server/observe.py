@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from jaxengine.engine.inputs import ProcessedInput
+from jaxengine.messages import quote
 from jaxengine.metrics import FinishedRequest, RequestStats
 from jaxengine.sampling_params import SamplingParams
 
@@ -64,5 +65,7 @@ def _given(params: SamplingParams) -> str:
     """What differs from the defaults."""
     default = SamplingParams()
     names = [field.name for field in dataclasses.fields(params) if field.init and field.name != "output_kind"]
-    changed = [f"{name}={getattr(params, name)!r}" for name in names if getattr(params, name) != getattr(default, name)]
+    changed = [
+        f"{name}={quote(getattr(params, name))}" for name in names if getattr(params, name) != getattr(default, name)
+    ]
     return ", ".join(changed) or "default parameters"

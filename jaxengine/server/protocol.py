@@ -5,15 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from jaxengine.engine.inputs import Prompt
+from jaxengine.messages import quote
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from jaxengine.server import bounds
+from jaxengine.server.bounds import Strict, at_most, first_wrong
 from jaxengine.server.errors import APIError
 from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
-TokenIds = list[Int32]
+Texts = Annotated[list[str], at_most(bounds.MAX_WORDS)]
+StopTokenIds = Annotated[list[Int32], at_most(bounds.MAX_STOP_TOKENS)]
+TokenIds = Annotated[list[Int32], at_most(bounds.MAX_TOKENS)]
+Biases = Annotated[dict[str, float], Field(max_length=bounds.MAX_BIASES), BeforeValidator(first_wrong((int, float)))]
+Messages = Annotated[list[dict[str, Any]], at_most(bounds.MAX_ITEMS)]
 
 IGNORED = {
     *("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "store", "service_tier"),
@@ -51,10 +58,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _OF_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class Body(BaseModel):
-    """What all bodies share: types are taken literally, null is the same as nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Body(Strict):
+    """What all bodies share: null is the same as nothing."""
 
     model: str | None = None
 
@@ -84,19 +89,13 @@ class Body(BaseModel):
         return f"{name} is not supported by this server"
 
 
-class Inner(BaseModel):
-    """What objects within a body share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(Inner):
+class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool = False
 
 
-class Function(Inner):
+class Function(Strict):
     """A function that the model may call; what its parameters are is a JSON schema."""
 
     name: str = Field(min_length=1)
@@ -105,7 +104,7 @@ class Function(Inner):
     strict: bool | None = None
 
 
-class Tool(Inner):
+class Tool(Strict):
     """A tool."""
 
     type: Literal["function"]
@@ -116,13 +115,13 @@ class Tool(Inner):
         return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
 
 
-class FunctionName(Inner):
+class FunctionName(Strict):
     """Which function."""
 
     name: str
 
 
-class NamedTool(Inner):
+class NamedTool(Strict):
     """A tool that is to be called."""
 
     type: Literal["function"]
@@ -161,7 +160,7 @@ def tool_use(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool, au
     if isinstance(choice, NamedTool):
         called = [tool for tool in tools if tool.function.name == choice.function.name]
         if not called:
-            raise APIError(400, f"tool_choice: {choice.function.name!r} is none of the tools", param="tool_choice")
+            raise APIError(400, f"tool_choice: {quote(choice.function.name)} is none of the tools", param="tool_choice")
         return ToolUse(tools, _calls_of(called, max_calls=1))
     if choice == "required":
         if not tools:
@@ -181,9 +180,12 @@ def _calls_of(tools: list[Tool], max_calls: int | None) -> StructuredOutputsPara
     calls = []
     for tool in tools:
         schema: dict[str, Any] = {"type": "object"} | (tool.function.parameters or {})
-        for name, definition in schema.pop("$defs", {}).items():  # references look for them in the whole schema
+        own = schema.pop("$defs", {})  # references look for them in the whole schema
+        if not isinstance(own, dict):
+            raise APIError(400, f"tools: $defs must be an object, got {quote(own)}", param="tools")
+        for name, definition in own.items():
             if definitions.setdefault(name, definition) != definition:
-                raise APIError(400, f"tools: two differ in what $defs/{name} is", param="tools")
+                raise APIError(400, f"tools: two differ in what $defs has as {quote(name)}", param="tools")
         fields = {"name": {"const": tool.function.name}, "parameters": schema}
         calls.append({"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False})
     whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
@@ -204,19 +206,19 @@ class SamplingBody(Body):
     top_k: Int32 | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: TokenIds | None = None
-    bad_words: list[str] | None = None
+    stop: str | Annotated[list[str], at_most(bounds.MAX_STOPS)] | None = None
+    stop_token_ids: StopTokenIds | None = None
+    bad_words: Texts | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Int32 | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: Int32 | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     allowed_token_ids: TokenIds | None = None
     priority: Int32 = 0
-    cache_salt: str | None = None
+    cache_salt: Annotated[str, Field(max_length=bounds.MAX_SALT)] | None = None
 
     @property
     def form_field(self) -> str:
@@ -235,9 +237,13 @@ class SamplingBody(Body):
         """Makes parameters: `decided`, then what the body gives, then the model's recommendations.
 
         Raises:
-            APIError: A forced call and another form are both asked for.
+            APIError: A forced call and another form are both asked for, or stop strings are too long.
             ValueError: A value is out of range.
         """
+        num_characters = len(self.stop) if isinstance(self.stop, str) else sum(map(len, self.stop or ()))
+        if num_characters > bounds.MAX_STOP_CHARACTERS:
+            accepted = f"at most {bounds.MAX_STOP_CHARACTERS} characters together"
+            raise APIError(400, f"stop: strings of {accepted} are accepted, got {num_characters}", param="stop")
         form = self.form()
         if form is not None and "structured_outputs" in decided:
             raise APIError(400, "tool_choice: a forced call has a form of its own", param="tool_choice")
@@ -296,19 +302,27 @@ class CompletionBody(GenerationBody):
         """Whether only the prompt, with its log probabilities, is asked for."""
         return self.echo and self.max_tokens == 0
 
-    def prompts(self) -> list[Prompt]:
+    def prompts(self, cache_salt: str | None) -> list[Prompt]:
         """The prompts: text or token ids, one or several.
 
+        Args:
+            cache_salt: Of each.
+
         Raises:
-            APIError: They are of another form.
+            APIError: They are of another form, or too many.
         """
         several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
+        if several and len(self.prompt) > bounds.MAX_PROMPTS:
+            message = (
+                f"prompt: at most {bounds.MAX_PROMPTS} prompts are accepted in one request, got {len(self.prompt)}"
+            )
+            raise APIError(400, message, param="prompt")
         prompts = []
         for value in self.prompt if several else [self.prompt]:
             if isinstance(value, str):
-                prompts.append(Prompt(value, None, self.cache_salt, self.add_special_tokens))
+                prompts.append(Prompt(value, None, cache_salt, self.add_special_tokens))
             elif isinstance(value, list) and set(map(type, value)) <= {int}:  # prompts are long
-                prompts.append(Prompt(None, value, self.cache_salt))
+                prompts.append(Prompt(None, value, cache_salt))
             else:
                 prompts = []
                 break
@@ -333,7 +347,7 @@ class ConversationBody(Body):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] = Field(default_factory=list)
+    tools: Annotated[list[Tool], at_most(bounds.MAX_TOOLS)] = Field(default_factory=list)
 
     def template_options(self) -> dict[str, Any]:
         """Arguments of `render_chat`: an answer is begun unless told otherwise, or a message is to be continued."""
@@ -349,7 +363,7 @@ class ConversationBody(Body):
 class ChatBody(GenerationBody, ConversationBody):
     """Body of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_completion_tokens: Int32 | None = None
     logprobs: bool = False
     top_logprobs: Int32 | None = None
@@ -371,7 +385,7 @@ class TokenizeBody(ConversationBody):
     """Body of /tokenize: a prompt or messages."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
@@ -379,4 +393,4 @@ class TokenizeBody(ConversationBody):
 class DetokenizeBody(Body):
     """Body of /detokenize."""
 
-    tokens: TokenIds
+    tokens: Annotated[list[Int32], at_most(bounds.MAX_TOKENS)]

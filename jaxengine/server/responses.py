@@ -10,13 +10,14 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxengine.engine.async_llm import RequestStream
 from jaxengine.engine.inputs import ProcessedInput, Prompt
+from jaxengine.messages import quote
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.server.bounds import BoundedRoute
 from jaxengine.server.errors import APIError
 from jaxengine.server.generation import Usage, generate, json_response
 from jaxengine.server.parsing.answer import Part, Reasoning
@@ -26,7 +27,7 @@ from jaxengine.server.responses_protocol import ITEMS, ResponsesBody, chat_messa
 from jaxengine.server.state import ServerState
 from jaxengine.server.structured import form_from
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 Event = dict[str, Any]
 _ECHOED = {
@@ -44,15 +45,15 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     model = server.model_name(body.model)
     earlier: list[Any] = []
     if body.previous_response_id is not None:
-        earlier = _stored(server, body.previous_response_id, 400, "previous_response_id")["items"]
+        earlier = _stored(request, body.previous_response_id, 400, "previous_response_id")["items"]
     tools = [tool.as_tool() for tool in body.tools]
     parallel, auto = body.parallel_tool_calls, server.settings.enable_auto_tool_choice
     use = tool_use(tools, body.chat_tool_choice(), parallel=parallel, auto=auto)
     params = body.make_params(
         llm.default_sampling_params(), max_tokens=body.max_output_tokens, **server.text_options(use)
     )
-    call = _Call(body, model, server, params, earlier, use)
-    call.check()
+    salt = server.cache_salt(request, body.cache_salt)
+    call = _Call(body, model, server, params, earlier, use, server.owner(request))
 
     chat = server.chat_text(
         lambda: chat_messages(body.instructions, [*ITEMS.validate_python(earlier), *body.input]),
@@ -62,7 +63,7 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     )
 
     def process() -> list[ProcessedInput]:
-        prompt = Prompt(text=chat.text(), cache_salt=body.cache_salt, add_special_tokens=False)
+        prompt = Prompt(text=chat.text(), cache_salt=salt, add_special_tokens=False)
         with form_from("tools" if use.form else body.form_field):
             process_one = llm.input_processor.process_one
             return [process_one(call.id, prompt, params, body.priority, arrival_time=time.time())]
@@ -77,30 +78,33 @@ async def retrieve_response(response_id: str, request: Request) -> Response:
     """An answer that was stored."""
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
         raise APIError(400, "stream: an answer that was stored is only told whole", param="stream")
-    return json_response(_stored(ServerState.of(request), response_id, 404, "response_id")["response"])
+    return json_response(_stored(request, response_id, 404, "response_id")["response"])
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> Response:
     """Forgets an answer."""
+    _stored(request, response_id, 404, "response_id")
     server = ServerState.of(request)
-    _stored(server, response_id, 404, "response_id")
-    server.responses.delete(response_id)
+    server.responses.delete(response_id, owner=server.owner(request))
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request) -> Response:
     """Refused: only responses in the background could be cancelled, and there are none."""
-    _stored(ServerState.of(request), response_id, 404, "response_id")
-    raise APIError(400, f"response {response_id!r} has ended; a running one ends when its client leaves")
+    _stored(request, response_id, 404, "response_id")
+    raise APIError(400, f"response {quote(response_id)} has ended; a running one ends when its client leaves")
 
 
-def _stored(server: ServerState, response_id: str, status: int, param: str) -> dict[str, Any]:
-    """Raises APIError of this status if there is no such answer."""
-    found = server.responses.get(response_id)
+def _stored(request: Request, response_id: str, status: int, param: str) -> dict[str, Any]:
+    """An answer that the request's key has made; raises APIError of this status if there is none."""
+    server = ServerState.of(request)
+    found = server.responses.get(response_id, owner=server.owner(request))
     if found is None:
-        message = f"{param}: no response {response_id!r} is stored here; this server keeps only its latest, in memory"
+        message = (
+            f"{param}: no response {quote(response_id)} is stored here; this server keeps only its latest, in memory"
+        )
         code = "previous_response_not_found" if status == 400 else "response_not_found"
         raise APIError(status, message, param=param, code=code)
     return found
@@ -117,10 +121,11 @@ class _Call:
         params: SamplingParams,
         earlier: list[Any],
         use: ToolUse,
+        owner: str,
     ):
-        """Args: earlier: Items of the conversation before those of the body."""
+        """Args: earlier: Items of the conversation before those of the body. owner: Whose answer it will be."""
         self.id = f"resp_{uuid.uuid4().hex}"
-        self._body, self._server, self._use = body, server, use
+        self._body, self._server, self._use, self._owner = body, server, use, owner
         self._items = [*earlier, *(item.model_dump(exclude_none=True) for item in body.input)]
         self._num_events = 0
         self._output: list[dict[str, Any]] = []
@@ -142,13 +147,6 @@ class _Call:
             "truncation": "disabled",
             "background": False,
         }
-
-    def check(self) -> None:
-        """Raises APIError if what is to be told and stored again is no valid Unicode: half a surrogate pair."""
-        try:
-            msgspec.json.encode([self._response, self._items])
-        except UnicodeEncodeError as error:
-            raise APIError(400, f"the body is not valid Unicode: {error}") from error
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
         """The whole answer: the response that the last event carries."""
@@ -280,7 +278,8 @@ class _Call:
         }
         self._response |= end
         if self._body.store:
-            self._server.responses.put(self.id, {"response": self._response, "items": [*self._items, *self._output]})
+            entry = {"response": self._response, "items": [*self._items, *self._output]}
+            self._server.responses.put(self.id, entry, owner=self._owner)
 
 
 def _new_id(kind: str) -> str:

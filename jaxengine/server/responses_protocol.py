@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator
 
 from jaxengine.sampling_params import StructuredOutputsParams
-from jaxengine.server.protocol import FunctionName, Inner, NamedTool, SamplingBody, Tool, ToolChoice
+from jaxengine.server import bounds
+from jaxengine.server.bounds import Strict, at_most, first_wrong
+from jaxengine.server.protocol import FunctionName, NamedTool, SamplingBody, Tool, ToolChoice
 from jaxengine.server.structured import PlainFormat, TextFormat
 
 
-class TextPart(Inner):
+class TextPart(Strict):
     """A part of a message: text is all there is so far."""
 
     type: Literal["input_text", "output_text"]
@@ -28,17 +30,17 @@ def _as_parts(value: Any) -> Any:
 
 
 # Text alone stands for one part of it.
-TextParts = Annotated[list[TextPart], BeforeValidator(_as_parts)]
+TextParts = Annotated[list[TextPart], at_most(bounds.MAX_ITEMS), BeforeValidator(_as_parts)]
 
 
-class ReasoningPart(Inner):
+class ReasoningPart(Strict):
     """A part of what the model thought."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
-class Item(Inner):
+class Item(Strict):
     """What all items may have."""
 
     id: str | None = None
@@ -76,7 +78,7 @@ class ReasoningItem(Item):
 
     type: Literal["reasoning"]
     summary: list[Any] = Field(default_factory=list)
-    content: list[ReasoningPart] | None = None
+    content: Annotated[list[ReasoningPart], at_most(bounds.MAX_ITEMS)] | None = None
     encrypted_content: None = None
 
 
@@ -96,7 +98,7 @@ AnyItem = Annotated[
 ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[AnyItem])
 
 
-class ResponseTool(Inner):
+class ResponseTool(Strict):
     """A function, flatter than in chat completions."""
 
     type: Literal["function"]
@@ -112,33 +114,36 @@ class ResponseTool(Inner):
         )
 
 
-class ResponseNamedTool(Inner):
+class ResponseNamedTool(Strict):
     """A function that is to be called."""
 
     type: Literal["function"]
     name: str
 
 
-class TextOptions(Inner):
+class TextOptions(Strict):
     """Options of the text of an answer."""
 
     format: TextFormat = Field(default_factory=PlainFormat)
     verbosity: Literal["medium"] = "medium"
 
 
+Metadata = Annotated[dict[str, str], Field(max_length=bounds.MAX_METADATA), BeforeValidator(first_wrong((str,)))]
+
+
 class ResponsesBody(SamplingBody):
     """Body of /v1/responses."""
 
-    input: list[AnyItem]
+    input: Annotated[list[AnyItem], at_most(bounds.MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    tools: list[ResponseTool] = Field(default_factory=list)
+    tools: Annotated[list[ResponseTool], at_most(bounds.MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = Field(default_factory=TextOptions)
     previous_response_id: str | None = None
     store: bool = True
-    metadata: dict[str, str] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

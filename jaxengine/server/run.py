@@ -17,6 +17,7 @@ import uvicorn
 
 from jaxengine.engine.async_llm import AsyncLLM, EngineDeadError
 from jaxengine.server.app import make_app
+from jaxengine.server.http import bounded_protocol, max_connections
 from jaxengine.server.state import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def run_server(
         log_config=None,
         log_level=uvicorn_log_level,
         lifespan="off",
+        http=bounded_protocol(settings.max_body_size, max_connections()),
         ws="none",
         timeout_graceful_shutdown=round(settings.shutdown_timeout) + CUT_SECONDS,
     )

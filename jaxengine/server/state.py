@@ -13,6 +13,7 @@ from starlette.requests import Request
 from jaxengine.engine.async_llm import AsyncLLM
 from jaxengine.engine.chat import render_chat, template_job
 from jaxengine.engine.inputs import ProcessedInput
+from jaxengine.messages import quote
 from jaxengine.server.errors import APIError
 from jaxengine.server.observe import Observer
 from jaxengine.server.parsing.answer import AnswerParser
@@ -153,6 +154,19 @@ class ServerState:
         """The state of the application that a request came to."""
         return request.app.state.server
 
+    @staticmethod
+    def owner(request: Request) -> str:
+        """Names whose request it is, if there are several keys; "" if all is everybody's."""
+        return getattr(request.state, "owner", "")
+
+    def cache_salt(self, request: Request, given: str | None) -> str | None:
+        """The salt of a request's cached pages: its own, if it brings one, among those of its key.
+
+        Whether a prefix is cached, which answers tell, says then nothing about what others have asked.
+        """
+        owner = self.owner(request)  # of one length: no two pairs make the same salt
+        return f"{owner}{given or ''}" if owner else given
+
     @contextmanager
     def admit(self, num_completions: int) -> Iterator[None]:
         """Lets completions in, for as long as they run or wait.
@@ -180,7 +194,7 @@ class ServerState:
         """
         names = self.settings.served_model_names
         if asked is not None and asked not in names:
-            message = f"model {asked!r} does not exist; this server has {', '.join(names)}"
+            message = f"model {quote(asked)} does not exist; this server has {', '.join(names)}"
             raise APIError(404, message, param="model", code="model_not_found")
         return asked or names[0]
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from jaxengine.sampling_params import StructuredOutputsParams
+from jaxengine.server import bounds
+from jaxengine.server.bounds import Strict, at_most
 from jaxengine.server.errors import APIError
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Strict):
     """A named JSON schema. It is enforced whether it is called strict or not."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
     description: str | None = None
@@ -23,19 +23,15 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Strict):
     """The form of chat completions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class PlainFormat(BaseModel):
+class PlainFormat(Strict):
     """Any text, or any JSON object."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object"] = "text"
 
@@ -58,14 +54,12 @@ class SchemaFormat(JsonSchema):
 TextFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Strict):
     """vLLM's form: the fields of `StructuredOutputsParams`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], at_most(bounds.MAX_CHOICES)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False

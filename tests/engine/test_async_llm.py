@@ -120,7 +120,7 @@ def test_a_message_that_the_core_cannot_read_ends_its_own_request(llm, runner, m
 
     def damaged(message):
         if isinstance(message, wire.Add):
-            return encode(["Add", message.key, 5])
+            return encode(["Add", message.keys, 5])
         return encode(message)
 
     async def run() -> None:

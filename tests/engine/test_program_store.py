@@ -3,19 +3,23 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from signal import Signals
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxengine import LLM, SamplingParams
+from jaxengine.engine.build import set_up_compilation_cache
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.models.registry import abstract_model
 from jaxengine.runner import lowering, lowering_pool, program_store
 from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
+from jaxengine.runner.programs import SetSlotKey
 from jaxengine.runner.step_programs import StepPrograms
 
 
@@ -87,6 +91,47 @@ def test_a_warm_start_traces_no_step(tiny, cache, monkeypatch, caplog):
         assert answer(tiny) == want
     assert "cannot be read" in caplog.text
     assert all(file.stat().st_size > 1000 for file in files)
+
+
+def test_no_flipped_bit_breaks_a_start(tmp_path, caplog):
+    """Wherever it is: the program is lowered again, and the file is whole again."""
+    store = program_store.ProgramStore(tmp_path / "lowered", "about", "cpu")
+    jitted, key, args = jax.jit(lambda x: jnp.sin(x) * 2), SetSlotKey(), (jax.ShapeDtypeStruct((3,), jnp.float32),)
+    first = store.exported(key, jitted, args)
+    assert first is not None
+    (file,) = (tmp_path / "lowered").iterdir()
+    whole, text = file.read_bytes(), first.mlir_module()
+    for place in {*range(0, len(whole), max(len(whole) // 40, 1)), 0, 63, 64, len(whole) - 1}:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        again = store.exported(key, jitted, args)
+        assert again is not None
+        assert again.mlir_module() == text
+        assert store.exported(key, None, args) is not None  # read, not lowered
+    assert "checksum" in caplog.text
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, cache, caplog):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for place, mode in ((shared, 0o777), (shared, 0o770), (shared / "lowered", 0o722)):
+        place.mkdir(exist_ok=True)
+        place.chmod(mode)
+        caplog.clear()
+        set_up_compilation_cache(str(shared))
+        assert jax.config.jax_compilation_cache_dir is None
+        assert f"can write to {place}" in caplog.text
+        place.chmod(0o700)
+    set_up_compilation_cache(str(shared))
+    assert jax.config.jax_compilation_cache_dir == str(shared)
+    new = tmp_path / "new" / "folder"
+    set_up_compilation_cache(str(new))
+    assert new.stat().st_mode & 0o777 == 0o700
+    monkey = tmp_path / "another user's"
+    monkey.mkdir()
+    if os.getuid() == 0:
+        os.chown(monkey, 12345, 0)
+        set_up_compilation_cache(str(monkey))
+        assert "belongs to another user" in caplog.text
 
 
 @pytest.mark.parametrize("signal", [Signals.SIGKILL, Signals.SIGSTOP])

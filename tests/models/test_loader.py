@@ -35,6 +35,10 @@ class ArrayCheckpoint:
     def tensor_names(self) -> set[str]:
         return set(self.tensors)
 
+    @property
+    def num_elements(self) -> None:
+        return None
+
     def get(self, name: str) -> np.ndarray:
         return self.tensors[name]
 

@@ -66,6 +66,9 @@ class Server:
     def post(self, path: str, body: object, **options) -> httpx.Response:
         return httpx.post(self.url + path, json=body, **{"timeout": 60, "headers": BEARER, **options})
 
+    def call(self, method: str, path: str, **options) -> httpx.Response:
+        return httpx.request(method, self.url + path, **options)
+
     def metrics(self) -> dict[str, float]:
         """Values by name, those with several labels by all of them."""
         lines = [line.rpartition(" ") for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]

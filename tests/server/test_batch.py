@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxengine.cli.main import main
-from jaxengine.server.batch import answered, check_batch
+from jaxengine.server.batch import answered, check_batch, read_batch
 from tests.server.conftest import ENGINE
 
 
@@ -100,3 +100,30 @@ def test_a_torn_line_is_removed_and_another_is_not(tmp_path):
     assert answered(output) == {"a", 3}
     assert output.read_text() == whole
     assert answered(output) == {"a", 3}
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 3000 + "]" * 3000, '{"body": ' + '{"a":' * 3000 + "1" + "}" * 3001, "[" * 200_000]
+)
+def test_a_line_that_is_nested_deeply_is_that_lines_error(tmp_path, line):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f"{line}\n{LINES[0]}\n")
+    wrong, right = read_batch(source)
+    assert "nested" in (wrong.error or "")
+    assert right.error is None
+
+
+@pytest.mark.parametrize("field", ["custom_id", "method", "url"])
+def test_long_values_are_quoted_shortly(tmp_path, field):
+    source = tmp_path / "in.jsonl"
+    line = json.dumps(call("x", prompt="x") | {field: "\n\x1b" * 1_000_000})
+    source.write_text(f"{line}\n{line}\n")
+    first, _ = read_batch(source)
+    if field == "custom_id":
+        with pytest.raises(ValueError, match="is on line 1 and on line 2") as caught:
+            check_batch(source)
+        told = str(caught.value).removeprefix(str(source))
+    else:
+        told = first.error or ""
+    assert len(told) < 400
+    assert told.isprintable()

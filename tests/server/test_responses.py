@@ -185,7 +185,7 @@ def test_an_answer_that_is_cut_short(client):
         ({"input": "x", "top_p": 3}, "top_p", "(0, 1]"),
         ({"input": "x", "n": 2}, "n", "no such field"),
         ({"input": "x", "metadata": {"a": "\ud800"}}, None, "the body is not valid Unicode"),
-        ({"input": "x", "chat_template": "\ud800"}, "prompt", "prompt is not valid Unicode"),
+        ({"input": "x", "chat_template": "\ud800"}, None, "the body is not valid Unicode"),
     ],
 )
 def test_wrong_bodies(scripted_server, body, param, message):

@@ -110,7 +110,14 @@ def test_what_does_not_answer_does_not_keep_the_server_from_ending(server):
         wait_until(lambda pid=pid: has_ended(pid))
 
 
-def test_folders_of_killed_servers_are_removed(tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_folders_of_killed_servers_are_removed(tiny, short_path, monkeypatch):
+    tmp_path = short_path
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     killed = Server(tiny)
     assert killed.url

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from jaxengine.engine import wire
 from jaxengine.engine.inputs import InputProcessor, Prompt, normalize_conversations, normalize_prompts, render_chat
-from jaxengine.sampling_params import SamplingParams
+from jaxengine.sampling_params import SamplingParams, StructuredOutputsParams
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no critics today') }}{% endif %}"
@@ -315,3 +316,107 @@ def test_conversations():
     for wrong in ([], "hi", USER, [[USER], "hi"]):
         with pytest.raises(ValueError, match="messages"):
             normalize_conversations(wrong)  # pyright: ignore[reportArgumentType]
+
+
+def wide(**options: Any) -> InputProcessor:
+    """One whose tokenizer tells its vocabulary and counts what it is asked to tokenise."""
+
+    class Counting(FakeTokenizer):
+        num_characters = 0
+
+        def get_vocab(self) -> dict[str, int]:
+            return self.backend_tokenizer.get_vocab()
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            self.num_characters += len(text)
+            return super().encode(text, add_special_tokens)
+
+    defaults: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_model_len": 32}
+    return InputProcessor(Counting(), **(defaults | options))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("max_model_len", [32, 5_000, 100_000])
+@pytest.mark.parametrize("given", [{}, {"truncate_prompt_tokens": 3}, {"truncate_prompt_tokens": -1}])
+def test_texts_that_are_far_too_long_are_hardly_tokenised(max_model_len, given):
+    inputs = wide(max_model_len=max_model_len)
+    with pytest.raises(ValueError, match=f"the prompt has .*max_model_len={max_model_len} leaves room for"):
+        inputs.process("r", "a" * 15_000_000, SamplingParams(**given))
+    tokenizer: Any = inputs.tokenizer
+    assert tokenizer.num_characters <= 2 * 4 * max_model_len + 2**15
+
+
+def test_long_texts_that_fit_are_tokenised_once():
+    inputs = wide(max_model_len=400_000)
+    (request,) = inputs.process("r", "a" * 399_990, SamplingParams(max_tokens=1))
+    assert len(request.prompt_token_ids) == 399_991
+    tokenizer: Any = inputs.tokenizer
+    assert tokenizer.num_characters == 399_990
+    short = wide(max_model_len=32).process("r", "a" * 2**16, SamplingParams(truncate_prompt_tokens=3))
+    assert len(short[0].prompt_token_ids) == 3
+
+
+def test_parameters_are_checked_once_and_shared():
+    many = {"n": 1000, "logit_bias": dict.fromkeys(range(200), 1.0), "stop": [f"stop {i}" for i in range(10_000)]}
+    params = SamplingParams(**many, seed=3, allowed_token_ids=list(range(200)), stop_token_ids=[7])
+    num_checks = 0
+
+    class Counting(InputProcessor):
+        def _check_params(self, params: SamplingParams) -> None:
+            nonlocal num_checks
+            num_checks += 1
+            super()._check_params(params)
+
+    inputs = Counting(TOKENIZER, vocab_size=VOCAB_SIZE, max_model_len=32)  # pyright: ignore[reportArgumentType]
+    items = inputs.process_batch([[1], [2]], params, request_ids=["x", "y"])
+    assert num_checks == 1
+    children = [child for item in items for child in item.children]
+    assert len(children) == 2000
+    for name in ("logit_bias", "stop", "allowed_token_ids", "stop_token_ids", "bad_words_token_ids"):
+        assert len({id(getattr(child.sampling_params, name)) for child in children}) == 1, name
+        assert getattr(children[0].sampling_params, name) is not getattr(params, name), name
+    assert len({id(child.stop_token_ids) for child in children}) == 1
+    assert [child.sampling_params.seed for child in items[1].children] == list(range(3, 1003))
+    # One message tells the core of all of them, and their parameters are read there once.
+    data = wire.encode(wire.Add.of(list(range(1000)), items[0].children))
+    assert len(data) < 60_000
+    message = wire.decode_to_core(data)
+    assert isinstance(message, wire.Add)
+    read = message.requests()
+    assert [request.sampling_params.seed for request in read] == list(range(3, 1003))
+    assert [request.request_id for request in read] == [child.request_id for child in items[0].children]
+    assert len({id(request.sampling_params.logit_bias) for request in read}) == 1
+    assert read[0].sampling_params.logit_bias == params.logit_bias
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff"])
+def test_halves_of_surrogate_pairs_are_refused_everywhere(text):
+    wrong: list[dict[str, Any]] = [{"stop": text}, {"stop": [text]}, {"bad_words": [text]}]
+    for fields in wrong:
+        with pytest.raises(ValueError, match="not valid Unicode"):
+            SamplingParams(**fields)
+    wrong = [{"regex": text}, {"choice": [text]}, {"grammar": text}]
+    for fields in wrong:
+        with pytest.raises(ValueError, match="not valid Unicode"):
+            StructuredOutputsParams(**fields)
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        processor().process("r", text)
+
+
+def test_what_messages_quote_is_short():
+    long = "x\n" * 1_000_000
+    for call in (
+        lambda: SamplingParams(stop=[long, ""]),
+        lambda: SamplingParams(temperature=long),  # pyright: ignore[reportArgumentType]
+        lambda: SamplingParams(temperature=10**400),
+        lambda: SamplingParams(n=10**5000),
+        lambda: SamplingParams(stop=[long], detokenize=False),
+        lambda: processor().process("r", [1], SamplingParams(bad_words=[long])),
+        lambda: normalize_prompts({"prompt": "a", long: 1}),  # pyright: ignore[reportArgumentType]
+        lambda: StructuredOutputsParams(json=long),
+        lambda: render_chat(TOKENIZER, [{"role": long, "content": "x"}]),  # pyright: ignore[reportArgumentType]
+        lambda: render_chat(TOKENIZER, [{"role": "user", "content": [long, 5]}]),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            call()
+        assert len(str(caught.value)) < 600
+        assert "\n" not in str(caught.value)

@@ -12,13 +12,15 @@ PACKAGE = ROOT / "jaxengine"
 LINKED = ("models", "pallas_kernels", "sharding")
 
 # Each part may import itself, PLAIN and the parts named here.
-PLAIN = {"config", "sampling_params", "outputs", "__init__"}
+PLAIN = {"bounded_json", "config", "messages", "sampling_params", "outputs", "__init__"}
 MODELS = {"models", "pallas_kernels", "sharding"}
 RUNNER = {"structured", "runner", "sampling", "scheduler", *MODELS}
 ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
 ALLOWED = {
     "__init__": {"engine_args", "llm"},
+    "bounded_json": set(),
     "config": set(),
+    "messages": set(),
     "outputs": set(),
     "sampling_params": set(),
     "metrics": set(),

@@ -68,3 +68,4 @@ def test_a_message_that_cannot_be_read_names_its_request():
     with pytest.raises(msgspec.DecodeError):
         wire.decode_to_core(data)
     assert wire.key_of(data, place=1) == 12
+    assert wire.key_of(wire.encode(["Add", [12, 13], 5]), place=1) == 12
