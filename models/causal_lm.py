@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,18 +13,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxengine.models.config import ModelConfig, RopeConfig, common_fields
+from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layer_stack import LayerStack
 from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.embedding import Embedding
 from jaxengine.models.layers.linear import Linear, matmul
 from jaxengine.models.layers.mlp import GatedMLP
-from jaxengine.models.layers.norm import LayerNorm, RMSNorm, Sum
-from jaxengine.models.layers.rope import RopeTable, rope_table
+from jaxengine.models.layers.norm import LayerNorm, PendingResidual, RMSNorm, add_up
+from jaxengine.models.layers.rope import rope_table
 from jaxengine.models.registry import architecture_of
+from jaxengine.models.step import ModelInputs, ModelOutputs, StepContext
 from jaxengine.models.weights import WeightSpec, parameters
-from jaxengine.pallas_kernels.all_reduce import Workspace
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, plan_attention
+from jaxengine.pallas_kernels.ragged_paged_attention import plan_attention
 from jaxengine.sharding import axes
 from jaxengine.sharding.mesh import MODEL
 
@@ -46,18 +47,13 @@ class DecoderLayer(nnx.Module):
 
     @jax.jit
     def __call__(
-        self,
-        x: jax.Array | Sum,
-        rope: RopeTable | None,
-        cache: Any,
-        meta: AttentionMetadata,
-        sums: Workspace | None = None,
-    ) -> tuple[jax.Array | Sum, Any]:
+        self, x: jax.Array | PendingResidual, cache: Any, step: StepContext
+    ) -> tuple[jax.Array | PendingResidual, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
-        x, normed = self.input_layernorm.added(x)
-        attended, cache = self.self_attn(normed, rope, cache, meta, sums, in_parts=True)
-        x, normed = self.post_attention_layernorm.added(Sum(x, attended))
-        return Sum(x, self.mlp(normed, sums, in_parts=True)), cache
+        x, normed = self.input_layernorm.add_and_norm(x, step)
+        attended, cache = self.self_attn(normed, cache, step, allow_partial=True)
+        x, normed = self.post_attention_layernorm.add_and_norm(PendingResidual(x, attended), step)
+        return PendingResidual(x, self.mlp(normed, step, allow_partial=True)), cache
 
 
 class CausalLM(nnx.Module):
@@ -112,58 +108,77 @@ class CausalLM(nnx.Module):
 
     def stack_layers(self) -> bool:
         """Turns the layers into a `LayerStack`, if they differ in nothing but their parameters; says whether."""
+        if isinstance(self.layers, LayerStack):
+            return True
         if not self.config.has_equal_layers:
             return False
         self.layers = LayerStack(self.layers)
         return True
 
-    def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embeds i32[T] tokens at i32[T] positions as `[T, D]`."""
-        x = self.embed_tokens(token_ids)
-        return x if self.config.embedding_scale == 1.0 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
+    def embed(self, inputs: ModelInputs) -> jax.Array:
+        """Embeds tokens, or what replaces them, as `[T, D]`."""
+        x = self.embed_tokens(inputs.token_ids)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return inputs.replace_rows(x)
 
     def __call__(
-        self,
-        token_ids: jax.Array,
-        positions: jax.Array,
-        kv_caches: Sequence[Any],
-        meta: AttentionMetadata,
-        sums: Workspace | None = None,
-    ) -> tuple[jax.Array, list[Any]]:
+        self, inputs: ModelInputs, caches: Sequence[Any] | None = None, step: StepContext | None = None
+    ) -> ModelOutputs:
         """Runs the layers over a ragged batch.
 
         Args:
-            token_ids: i32[T]; what stands at padding is not looked at.
-            positions: i32[T], each token's position in its own sequence.
-            kv_caches: One cache for each layer; a single one for stacked layers.
-            meta: Which tokens belong to which sequences and pages.
-            sums: See `Linear`; not with stacked layers.
+            inputs: The tokens.
+            caches: One cache for each layer; a single one for stacked layers. None for training: tokens then see those
+                before them among the inputs, and gradients can be taken.
+            step: The step's context without plans and rotations; with caches, and only then.
 
         Returns:
-            Hidden states after the final norm, `[T, D]`, and the caches with the new keys and values.
+            Hidden states, those that `ModelConfig.taps` names, and the caches with the new keys and values.
+
+        Raises:
+            ValueError: Caches come without a context, or a context without caches.
         """
+        if (caches is None) != (step is None):
+            raise ValueError("caches and step go together; give both, or neither for training")
+        if caches is None or step is None:
+            caches = [None] * (1 if isinstance(self.layers, LayerStack) else len(self.layers))
+            step = StepContext(segment_ids=inputs.segment_ids())
+        step = self._complete(step, inputs, caches)
+        x, taps, caches = self._run_layers(self.embed(inputs), caches, step)
+        return ModelOutputs(self.norm.add_and_norm(x, step)[1], taps, caches)
+
+    def _complete(self, step: StepContext, inputs: ModelInputs, caches: Sequence[Any]) -> StepContext:
+        """Adds what several layers share: the rotations of all positions, and each cache group's plan."""
         config = self.config
-        tables: dict[RopeConfig, RopeTable] = {}
-        plans: dict[int | None, AttentionMetadata] = {}
-        x = self.embed(token_ids, positions)
-        layers = [self.layers] if isinstance(self.layers, LayerStack) else self.layers
-        new_caches = []
-        for index, (layer, cache) in enumerate(zip(layers, kv_caches, strict=True)):
-            rope = config.layer_rope(index)
-            if rope is not None and rope not in tables:
-                tables[rope] = rope_table(rope, positions, config.max_model_len)
-            window = config.window(index)
-            if window not in plans:
-                plans[window] = plan_attention(
-                    meta,
-                    num_tokens=token_ids.shape[0],
-                    num_heads=config.heads.num_heads // config.tensor_parallel_size,
-                    cache=_of_one_device(cache, config.tensor_parallel_size),
-                    sliding_window=window,
-                )
-            x, cache = layer(x, None if rope is None else tables[rope], cache, plans[window], sums)
+        rope = tuple(rope_table(rotation, inputs.positions, config.max_model_len) for rotation in config.rotations)
+        if step.is_differentiable:
+            return dataclasses.replace(step, rope=rope)
+        attention = tuple(
+            plan_attention(
+                meta,
+                num_tokens=inputs.token_ids.shape[0],
+                num_heads=config.heads.num_heads // config.tensor_parallel_size,
+                cache=_of_one_device(caches[config.first_layer(group)], config.tensor_parallel_size),
+                sliding_window=window,
+            )
+            for group, (meta, window) in enumerate(zip(step.attention, config.cache_groups, strict=True))
+        )
+        return dataclasses.replace(step, attention=attention, rope=rope)
+
+    def _run_layers(
+        self, x: jax.Array, caches: Sequence[Any], step: StepContext
+    ) -> tuple[jax.Array | PendingResidual, tuple[jax.Array, ...], list[Any]]:
+        """Applies all layers to `[T, D]`: what comes of it, the taps and the caches."""
+        if isinstance(self.layers, LayerStack):
+            x, cache, taps = self.layers(x, caches[0], step, self.config.taps)
+            return x, taps, [cache]
+        residuals, new_caches = [x], []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, cache, step)
+            residuals.append(x)
             new_caches.append(cache)
-        return self.norm.added(x)[1], new_caches
+        return x, tuple(add_up(residuals[tap]) for tap in self.config.taps), new_caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the rows that sample: `[R, D]` to f32[R, V]."""

@@ -133,6 +133,8 @@ class ModelConfig:
         max_model_len: Longest sequence that will be served (0: `max_position_embeddings`). Longrope takes its long
             factors for every sequence when this exceeds the original context, because cached keys cannot be turned
             again when a sequence grows.
+        taps: After how many layers the model returns hidden states besides the last, ascending: 0 are the embeddings,
+            L what goes into the final norm.
     """
 
     architecture: str
@@ -165,6 +167,7 @@ class ModelConfig:
     dtype: str | None = None
     tensor_parallel_size: int = 1
     max_model_len: int = 0
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._fill_defaults()
@@ -196,6 +199,8 @@ class ModelConfig:
             if rope is not None and rope.rotary_dim > self.head_dim:
                 raise ValueError(f"rotary_dim is {rope.rotary_dim}; it must be at most head_dim {self.head_dim}")
 
+        if list(self.taps) != sorted(set(self.taps) & set(range(self.num_layers + 1))):
+            raise ValueError(f"taps is {self.taps}; it must be ascending numbers of layers from 0 to {self.num_layers}")
         self._check_parallel()
 
     def _check_parallel(self) -> None:
@@ -223,7 +228,8 @@ class ModelConfig:
     def first_layers(self, count: int) -> ModelConfig:
         """The same model with fewer layers."""
         kinds = {"layer_types": self.layer_types[:count], "rope_layers": self.rope_layers[:count]}
-        return dataclasses.replace(self, num_layers=min(count, self.num_layers), **kinds)
+        taps = tuple(tap for tap in self.taps if tap <= count)
+        return dataclasses.replace(self, num_layers=min(count, self.num_layers), taps=taps, **kinds)
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens, or None if it sees everything."""
@@ -235,6 +241,30 @@ class ModelConfig:
             return None
         is_local = self.layer_types[layer] == SLIDING and self.local_rope is not None
         return self.local_rope if is_local else self.rope
+
+    @functools.cached_property
+    def cache_groups(self) -> tuple[int | None, ...]:
+        """The sliding window of each cache group. Layers with the same window are a group, which has one page table."""
+        return tuple(dict.fromkeys(map(self.window, range(self.num_layers))))
+
+    def cache_group(self, layer: int) -> int:
+        """Number of the cache group that a layer belongs to."""
+        return self.cache_groups.index(self.window(layer))
+
+    def first_layer(self, group: int) -> int:
+        """Number of the first layer of a cache group."""
+        return next(layer for layer in range(self.num_layers) if self.cache_group(layer) == group)
+
+    @functools.cached_property
+    def rotations(self) -> tuple[RopeConfig, ...]:
+        """The rotary embeddings that some layer has."""
+        ropes = map(self.layer_rope, range(self.num_layers))
+        return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
+
+    def rotation(self, layer: int) -> int | None:
+        """Number in `rotations` of a layer's rotary embedding, or None if it has none."""
+        rope = self.layer_rope(layer)
+        return None if rope is None else self.rotations.index(rope)
 
     @property
     def has_equal_layers(self) -> bool:

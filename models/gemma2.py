@@ -10,10 +10,8 @@ from jax.typing import DTypeLike
 
 from jaxengine.models.causal_lm import CausalLM, DecoderLayer, make_norm
 from jaxengine.models.config import FULL, SLIDING, ModelConfig, common_fields
-from jaxengine.models.layers.rope import RopeTable
 from jaxengine.models.registry import architecture_of
-from jaxengine.pallas_kernels.all_reduce import Workspace
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
+from jaxengine.models.step import StepContext
 
 
 class GemmaLayer(DecoderLayer):
@@ -26,13 +24,11 @@ class GemmaLayer(DecoderLayer):
         self.post_feedforward_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
 
     @jax.jit
-    def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, sums: Workspace | None = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, cache: Any, step: StepContext) -> tuple[jax.Array, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, cache, meta, sums)
+        attended, cache = self.self_attn(self.input_layernorm(x), cache, step)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), sums)), cache
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), step)), cache
 
 
 class Gemma2ForCausalLM(CausalLM):

@@ -14,6 +14,7 @@ from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layers.embedding import Embedding
 from jaxengine.models.layers.mlp import MLP
 from jaxengine.models.registry import architecture_of
+from jaxengine.models.step import ModelInputs
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.sharding import axes
 
@@ -52,9 +53,9 @@ class GPT2ForCausalLM(CausalLM):
             config.max_position_embeddings, config.hidden_size, row_axis=axes.POSITION, dtype=dtype, rngs=rngs
         )
 
-    def embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embeds i32[T] tokens at i32[T] positions as `[T, D]`."""
-        return self.embed_tokens(token_ids) + self.embed_positions(positions)
+    def embed(self, inputs: ModelInputs) -> jax.Array:
+        """Embeds tokens and their positions as `[T, D]`."""
+        return super().embed(inputs) + self.embed_positions(inputs.positions)
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> ModelConfig:

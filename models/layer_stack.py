@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from flax import nnx
 from jax import lax
 
 from jaxengine.models.layers.norm import add_up
-from jaxengine.models.layers.rope import RopeTable
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, shift_pages
+from jaxengine.models.step import StepContext
+from jaxengine.pallas_kernels.ragged_paged_attention import shift_pages
 
 
 class LayerStack(nnx.Module):
@@ -37,27 +38,37 @@ class LayerStack(nnx.Module):
         self.layer = nnx.merge(graphdefs[0], jax.tree.map(lambda *leaves: _stack(leaves), *states))
 
     def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, sums: None = None
-    ) -> tuple[jax.Array, Any]:
+        self, x: jax.Array, cache: Any, step: StepContext, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, Any, tuple[jax.Array, ...]]:
         """Applies all layers to `[T, D]`.
 
         Args:
             x: `[T, D]`.
-            rope: cos and sin of the T positions, or None.
-            cache: One cache with the pages of all layers, layer i's at `i * P`.
-            meta: As for one layer with P pages, but planned for all pages.
-            sums: None: what devices share is added up by the compiler.
+            cache: One cache with the pages of all layers, layer i's at `i * P`; None in a step without caches.
+            step: As for one layer with P pages, but planned for all pages, and without a workspace: what devices share
+                is added up by the compiler.
+            taps: After how many layers to note `x`.
+
+        Returns:
+            `[T, D]`, the cache with the new keys and values, and `[T, D]` for each of `taps`.
         """
         graphdef, state = nnx.split(self.layer)
-        num_pages = cache[0].shape[0] // self.num_layers
+        num_pages = 0 if cache is None else cache[0].shape[0] // self.num_layers
+
+        def note(i, x, noted):
+            return tuple(jnp.where(i == tap, x, tapped) for tap, tapped in zip(taps, noted, strict=True))
 
         def body(i, carry):
-            x, cache = carry
+            x, cache, noted = carry
             leaves = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), state)
-            x, cache = nnx.merge(graphdef, leaves)(x, rope, cache, shift_pages(meta, i * num_pages))
-            return add_up(x), cache
+            attention = tuple(shift_pages(meta, i * num_pages) for meta in step.attention)
+            own_step = dataclasses.replace(step, attention=attention)
+            noted = note(i, x, noted)
+            x, cache = nnx.merge(graphdef, leaves)(x, cache, own_step)
+            return add_up(x), cache, noted
 
-        return lax.fori_loop(0, self.num_layers, body, (x, cache))
+        x, cache, noted = lax.fori_loop(0, self.num_layers, body, (x, cache, (x,) * len(taps)))
+        return x, cache, note(self.num_layers, x, noted)
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

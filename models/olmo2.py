@@ -12,10 +12,8 @@ from jaxengine.models.causal_lm import CausalLM, make_norm
 from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.mlp import GatedMLP
-from jaxengine.models.layers.rope import RopeTable
 from jaxengine.models.registry import architecture_of
-from jaxengine.pallas_kernels.all_reduce import Workspace
-from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
+from jaxengine.models.step import StepContext
 
 
 class Olmo2Layer(nnx.Module):
@@ -29,13 +27,11 @@ class Olmo2Layer(nnx.Module):
         self.post_feedforward_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
 
     @jax.jit
-    def __call__(
-        self, x: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, sums: Workspace | None = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, cache: Any, step: StepContext) -> tuple[jax.Array, Any]:
         """Applies the layer to `[T, D]`; see `Attention` for the rest."""
-        attended, cache = self.self_attn(x, rope, cache, meta, sums)
+        attended, cache = self.self_attn(x, cache, step)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(x, sums)), cache
+        return x + self.post_feedforward_layernorm(self.mlp(x, step)), cache
 
 
 class Olmo2ForCausalLM(CausalLM):

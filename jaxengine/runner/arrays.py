@@ -10,11 +10,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxengine.config import EngineConfig
-from jaxengine.pallas_kernels.all_reduce import Workspace, has_kernel, make_workspace
-from jaxengine.pallas_kernels.ragged_paged_attention import KVCache, make_cache
+from jaxengine.pallas_kernels.all_reduce import has_kernel, make_workspace
+from jaxengine.pallas_kernels.ragged_paged_attention import make_cache
 from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.placement import Placement, abstract
-from jaxengine.runner.steps import ForwardOutputs
+from jaxengine.runner.steps import ForwardOutputs, StepCaches
 from jaxengine.sampling.state import SamplingState, make_sampling_state
 
 # On a GPU, decodes of up to so many sequences keep their outputs for the next step to overwrite: larger steps take
@@ -62,18 +62,18 @@ class StepArrays:
         x = jax.ShapeDtypeStruct((num_tokens, self.config.model.hidden_size), self.config.dtype)
         return self.config.all_reduce_backend != "reference" and has_kernel(x, self.place.size)
 
-    def make_caches(self, num_pages: int) -> list[KVCache | Workspace]:
-        """The layers' caches of so many pages a shard; then the workspace of sums over devices, if a step has any."""
+    def make_caches(self, num_pages: int) -> StepCaches:
+        """The layers' caches of so many pages a shard, and the workspace of sums over devices, if a step has any."""
         config, place = self.config, self.place
         num_pages = place.num_shards * num_pages * config.model.num_layers // self._num_caches
         where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads_sharding()}
-        caches: list[KVCache | Workspace] = [
+        layers = [
             make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(self._num_caches)
         ]
         sharding = place.heads_sharding()
-        if sharding is not None and self.sums_over_peers(1):
-            caches.append(make_workspace(place.size, self.config.model.hidden_size, config.dtype, sharding))
-        return caches
+        if sharding is None or not self.sums_over_peers(1):
+            return StepCaches(layers)
+        return StepCaches(layers, make_workspace(place.size, config.model.hidden_size, config.dtype, sharding))
 
     def make_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
         """What `abstract_reused_outputs` tells of, for the first step of that shape."""

@@ -21,7 +21,7 @@ from jaxengine.runner.memory import reserve_small_blocks
 from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetSlot
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
-from jaxengine.runner.steps import FlatModel, ForwardOutputs
+from jaxengine.runner.steps import FlatModel, ForwardOutputs, StepCaches
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import EVERY_FEATURE, USES_STATE, Feature, feature_set
 from jaxengine.sampling.state import slot_values
@@ -57,7 +57,7 @@ class ModelRunner:
             SlotTable(self.config.scheduler.max_num_seqs, context.table_width, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
-        self._caches: list = []
+        self._caches: StepCaches | None = None
         self._state: Any = None
         self._last_token: Any = None
         self._reused_outputs: dict[Bucket, ForwardOutputs | None] = {}
@@ -252,7 +252,7 @@ class ModelRunner:
         weights = self._leaves if self.config.platform != "cpu" else []  # device_get shares memory there
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
             array.delete()
-        self._leaves, self._caches, self._state, self._last_token = None, [], None, None
+        self._leaves = self._caches = self._state = self._last_token = None
         self._reused_outputs.clear()
         self._walls.clear()
 

@@ -24,13 +24,13 @@ from jax import export
 from jaxengine.config import EngineConfig
 from jaxengine.pallas_kernels.target import target_device
 from jaxengine.runner.programs import Program
-from jaxengine.runner.steps import ForwardOutputs
+from jaxengine.runner.steps import ForwardOutputs, StepCaches
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.state import SamplingState, SlotValues
 
 logger = logging.getLogger(__name__)
 
-for kind in (ForwardOutputs, Logprobs, SlotValues):
+for kind in (ForwardOutputs, Logprobs, SlotValues, StepCaches):
     export.register_namedtuple_serialization(kind, serialized_name=f"jaxengine.{kind.__name__}")
 export.register_pytree_node_serialization(
     SamplingState,

@@ -12,13 +12,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxengine.models.step import ModelInputs, StepContext
 from jaxengine.pallas_kernels.all_reduce import Workspace
+from jaxengine.pallas_kernels.ragged_paged_attention import KVCache
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.sampling.logprobs import Logprobs, gather_logprobs
 from jaxengine.sampling.sampler import Feature, LogitsProcessor, greedy, record_last, sample
 from jaxengine.sampling.state import SamplingState
 
 PROMPT_LOGPROB_ROWS = 32  # rows whose logits are alive together
+
+
+class StepCaches(NamedTuple):
+    """What the layers keep on the device from step to step.
+
+    Attributes:
+        layers: One cache for each layer; a single one for stacked layers.
+        workspace: Of sums over the devices that share the model, if any step adds up so.
+    """
+
+    layers: list[KVCache]
+    workspace: Workspace | None = None
 
 
 class ForwardOutputs(NamedTuple):
@@ -48,7 +62,7 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
     """The model's part of a step, for one bucket.
 
     Args:
-        sums_over_peers: Whether the devices that share the model add up through the `Workspace` at the end of `caches`.
+        sums_over_peers: Whether the devices that share the model add up through the workspace of `caches`.
 
     Returns:
         forward(leaves, caches, last_token, packed, reused_outputs) -> (caches, last_token, tokens, ForwardOutputs);
@@ -58,7 +72,13 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         `memory.reserve_small_blocks`.
     """
 
-    def forward(leaves, caches, last_token: jax.Array, packed: jax.Array, reused_outputs: ForwardOutputs | None = None):
+    def forward(
+        leaves,
+        caches: StepCaches,
+        last_token: jax.Array,
+        packed: jax.Array,
+        reused_outputs: ForwardOutputs | None = None,
+    ):
         del reused_outputs
         inputs = layout.unpack(packed)
         lm = model.merge(leaves)
@@ -68,10 +88,11 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         first = jnp.where(first < 0, last_token[inputs.rows.slot], first)
         # Not `.at[:num_seqs].set`, which crashes jaxlib 0.11.2 under `shard_map` over the data axis.
         token_ids = jnp.concatenate([first, inputs.token_ids[num_seqs:]])
-        layers, kept = (caches[:-1], caches[-1:]) if isinstance(caches[-1], Workspace) else (caches, [])
-        refs = [jax.tree.map(jax.new_ref, workspace) for workspace in kept] if sums_over_peers else []
-        hidden, layers = lm(token_ids, inputs.positions, layers, inputs.meta, *refs)  # [T, D]
-        caches = [*layers, *(jax.tree.map(jax.freeze, refs) if refs else kept)]
+        workspace = jax.tree.map(jax.new_ref, caches.workspace) if sums_over_peers else None
+        # All cache groups still have the same pages.
+        step = StepContext((inputs.meta,) * len(lm.config.cache_groups), workspace=workspace)
+        hidden, _, layers = lm(ModelInputs(token_ids, inputs.positions), caches.layers, step)  # [T, D]
+        caches = StepCaches(layers, jax.tree.map(jax.freeze, workspace) if sums_over_peers else caches.workspace)
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
         tokens = greedy(logits)
         return caches, record_last(tokens, inputs.rows, last_token), tokens, ForwardOutputs(logits, hidden)

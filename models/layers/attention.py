@@ -1,4 +1,4 @@
-"""Causal self-attention over the paged cache."""
+"""Causal self-attention, over the paged cache or, for training, without one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.causal_attention import causal_attention
 from jaxengine.models.layers.linear import Linear, split_fused
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.models.layers.rope import RopeTable, apply_rope
-from jaxengine.pallas_kernels.all_reduce import Workspace
+from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, ragged_paged_attention
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
@@ -33,6 +34,7 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale
         self.soft_cap = config.attention_soft_cap
         self.window = config.window(layer)
+        self.group, self.rotation = config.cache_group(layer), config.rotation(layer)
         self.qk_norm = config.qk_norm
         self.sizes = tuple(n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
         stored = tuple(n * self.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
@@ -77,42 +79,48 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    @functools.partial(jax.jit, static_argnames="in_parts")
+    @functools.partial(jax.jit, static_argnames="allow_partial")
     def __call__(
         self,
         x: jax.Array,
-        rope: RopeTable | None,
         cache: Any,
-        meta: AttentionMetadata,
-        sums: Workspace | None = None,
+        step: StepContext,
         *,
-        in_parts: bool = False,
+        allow_partial: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Attends, and writes the new keys and values into the cache.
 
         Args:
             x: `[T, D]`.
-            rope: cos and sin of the T positions; None where this layer does not rotate.
-            cache: This layer's cache.
-            meta: Which tokens belong to which sequences and pages.
-            sums, in_parts: See `Linear`.
+            cache: This layer's cache; not looked at in a step without caches.
+            step: The step's context, with plans.
+            allow_partial: See `Linear`.
 
         Returns:
             `[T, D]` and the cache with the new keys and values.
         """
-        qkv = self.qkv_proj(x)  # [T, (N + 2K) H]
+        qkv = self.qkv_proj(x, step)  # [T, (N + 2K) H]
+        rope = None if self.rotation is None else step.rope[self.rotation]
+        options = {"scale": self.scale, "sliding_window": self.window, "soft_cap": self.soft_cap}
+        if step.segment_ids is not None:
+            out = causal_attention(*self._heads(qkv, rope), step.segment_ids, **options)
+        else:
+            out, cache = self._attend(qkv, rope, cache, step.attention[self.group], options)
+        return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), step, allow_partial=allow_partial), cache
+
+    def _attend(
+        self, qkv: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, options: dict[str, Any]
+    ) -> tuple[jax.Array, Any]:
+        """Attends over the cache: `[T, N, H]`, and the cache with the new keys and values."""
         if rope is not None and self.qk_norm != "projection" and has_kernel(qkv, rope[0], cache, meta):
             k = v = None
             q, cache = self._rotate(qkv, rope, cache, meta)
         else:
             q, k, v = self._heads(qkv, rope)
-        attend = functools.partial(
-            ragged_paged_attention, scale=self.scale, sliding_window=self.window, soft_cap=self.soft_cap
-        )
+        attend = functools.partial(ragged_paged_attention, **options)
         if self.heads.size > 1:
             attend = over_heads(attend, (True, True, True, True, False))
-        out, cache = attend(q, k, v, cache, meta)  # [T, N, H]
-        return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), sums, in_parts=in_parts), cache
+        return attend(q, k, v, cache, meta)
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""

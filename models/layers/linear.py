@@ -14,10 +14,12 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.models.step import NO_CONTEXT, StepContext
 from jaxengine.pallas_kernels.all_reduce import Workspace, all_reduce
 from jaxengine.pallas_kernels.skinny_matmul import has_kernel, skinny_matmul
 from jaxengine.sharding.layout import Runs
 from jaxengine.sharding.mesh import DATA, MODEL
+from jaxengine.sharding.rules import partition_spec
 
 CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
@@ -159,25 +161,25 @@ class Linear(nnx.Module):
         shape, order = (out_features, in_features), {"parts": parts, "rows": rows}
         self.weight = parameter(shape, axes, dtype=dtype, rngs=rngs, columns=columns, **order)
         self.bias = parameter(shape[:1], axes[:1], dtype=dtype, rngs=rngs, init="zeros", **order) if bias else None
+        self.has_shared_input = partition_spec(axes)[1] == MODEL
 
-    def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, step: StepContext = NO_CONTEXT, *, allow_partial: bool = False) -> jax.Array:
         """Applies the layer.
 
         Args:
-            x: `[..., in]`.
-            sums: For `[T, in]` whose last axis the devices of the mesh at hand share: where they hand each other their
-                parts of the products. Without, the compiler adds up what is shared.
-            in_parts: Allows a result in parts, for a `Sum`.
+            x: `[..., in]`; `[T, in]` for a step with a workspace, if the devices share the last axis.
+            step: The step's context.
+            allow_partial: Allows a result in parts, for a `PendingResidual`.
 
         Returns:
             `[..., out]`, or parts of it, f32[S, T, out].
         """
         weight = self.weight[...]
-        if sums is not None:
-            out = sum_over_devices(x, weight, sums)
+        if step.workspace is not None and self.has_shared_input:
+            out = sum_over_devices(x, weight, step.workspace)
             return out if self.bias is None else out + self.bias[...]
-        multiply = few_rows_matmul(x, weight)
-        if in_parts and multiply is skinny_matmul and self.bias is None:
+        multiply = matmul if step.is_differentiable else few_rows_matmul(x, weight)
+        if allow_partial and multiply is skinny_matmul and self.bias is None:
             return skinny_matmul(x, weight)
         if self.bias is None:
             return multiply(x, weight, x.dtype)
@@ -185,15 +187,15 @@ class Linear(nnx.Module):
         return (multiply(x, weight, jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def sum_over_devices(x: jax.Array, weight: jax.Array, sums: Workspace) -> jax.Array:
+def sum_over_devices(x: jax.Array, weight: jax.Array, workspace: Workspace) -> jax.Array:
     """`x @ weight.T`, `[T, in]` and `[out, in]` with the last axis of both over the devices of the model."""
 
-    def own(x, weight, sums):
-        return all_reduce(few_rows_matmul(x, weight)(x, weight, x.dtype), MODEL, workspace=sums)
+    def own(x, weight, workspace):
+        return all_reduce(few_rows_matmul(x, weight)(x, weight, x.dtype), MODEL, workspace=workspace)
 
     columns, kept = PartitionSpec(None, MODEL), PartitionSpec(DATA, MODEL)
     return jax.shard_map(own, in_specs=(columns, columns, kept), out_specs=PartitionSpec(), check_vma=False)(
-        x, weight, sums
+        x, weight, workspace
     )
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.linear import Linear, split_fused
-from jaxengine.pallas_kernels.all_reduce import Workspace
+from jaxengine.models.step import NO_CONTEXT, StepContext
 from jaxengine.pallas_kernels.skinny_matmul import gated_skinny_matmul, has_kernel
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import fused_runs
@@ -53,18 +53,23 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
-    @functools.partial(jax.jit, static_argnames="in_parts")
-    def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
+    @functools.partial(jax.jit, static_argnames="allow_partial")
+    def __call__(self, x: jax.Array, step: StepContext = NO_CONTEXT, *, allow_partial: bool = False) -> jax.Array:
         """Applies the layer to `[T, D]`; see `Linear` for the rest."""
         weight = self.gate_up_proj.weight
-        is_plain = self.activation == "silu" and self.gate_up_proj.bias is None and x.dtype == weight.dtype
+        is_plain = (
+            not step.is_differentiable
+            and self.activation == "silu"
+            and self.gate_up_proj.bias is None
+            and x.dtype == weight.dtype
+        )
         if is_plain and has_kernel(x.shape, weight.shape, x.dtype, gated=True):
             hidden = gated_skinny_matmul(x, weight[...])  # [T, F]
         else:
-            fused = self.gate_up_proj(x)  # [T, 2F]
+            fused = self.gate_up_proj(x, step)  # [T, 2F]
             gate, up = split_fused(fused, (fused.shape[1] // 2,) * 2, self.size)  # [T, F] each
             hidden = (activate(gate, self.activation) * up.astype(jnp.float32)).astype(x.dtype)
-        return self.down_proj(hidden, sums, in_parts=in_parts)
+        return self.down_proj(hidden, step, allow_partial=allow_partial)
 
 
 class MLP(nnx.Module):
@@ -77,7 +82,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(ffn_dim, dim, (axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.hidden_act
 
-    @functools.partial(jax.jit, static_argnames="in_parts")
-    def __call__(self, x: jax.Array, sums: Workspace | None = None, *, in_parts: bool = False) -> jax.Array:
+    @functools.partial(jax.jit, static_argnames="allow_partial")
+    def __call__(self, x: jax.Array, step: StepContext = NO_CONTEXT, *, allow_partial: bool = False) -> jax.Array:
         """Applies the layer to `[T, D]`; see `Linear` for the rest."""
-        return self.down_proj(activate(self.up_proj(x), self.activation).astype(x.dtype), sums, in_parts=in_parts)
+        hidden = activate(self.up_proj(x, step), self.activation).astype(x.dtype)
+        return self.down_proj(hidden, step, allow_partial=allow_partial)

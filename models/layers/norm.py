@@ -11,12 +11,13 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxengine.models.layers.param import parameter
+from jaxengine.models.step import NO_CONTEXT, StepContext
 from jaxengine.pallas_kernels.add_norm import add_norm
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import Runs
 
 
-class Sum(NamedTuple):
+class PendingResidual(NamedTuple):
     """Hidden states that are still to be added up, so that the norm after them can do it.
 
     Attributes:
@@ -66,9 +67,13 @@ class RMSNorm(nnx.Module):
         normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (normed * scale).astype(x.dtype)
 
-    def added(self, x: jax.Array | Sum) -> tuple[jax.Array, jax.Array]:
+    def add_and_norm(
+        self, x: jax.Array | PendingResidual, step: StepContext = NO_CONTEXT
+    ) -> tuple[jax.Array, jax.Array]:
         """Adds up what is not yet, and norms it: the new residual and its norm, `[T, D]` each."""
-        if not isinstance(x, Sum):
+        if step.is_differentiable:
+            x = add_up(x)
+        if not isinstance(x, PendingResidual):
             return x, self(x)
         return add_norm(*x, self.weight[...], eps=self.eps, offset=self.offset)
 
@@ -89,15 +94,18 @@ class LayerNorm(nnx.Module):
         normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
-    def added(self, x: jax.Array | Sum) -> tuple[jax.Array, jax.Array]:
-        """See `RMSNorm.added`."""
+    def add_and_norm(
+        self, x: jax.Array | PendingResidual, step: StepContext = NO_CONTEXT
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `RMSNorm.add_and_norm`."""
+        del step
         x = add_up(x)
         return x, self(x)
 
 
-def add_up(x: jax.Array | Sum) -> jax.Array:
+def add_up(x: jax.Array | PendingResidual) -> jax.Array:
     """Hidden states as one array."""
-    if not isinstance(x, Sum):
+    if not isinstance(x, PendingResidual):
         return x
     parts = x.parts if x.parts.ndim == x.x.ndim else x.parts.sum(axis=0)
     return (x.x.astype(parts.dtype) + parts).astype(x.x.dtype)

@@ -2,9 +2,15 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxengine import LLM, BeamSearchParams, SamplingParams
+from jaxengine.loading.loader import load_model
+from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.training import token_log_probs
 
 ENGINE = {
     "dtype": "float32",
@@ -49,6 +55,15 @@ def test_one_params_each_and_several_completions(llm):
     assert len({tuple(c.token_ids) for c in many.outputs}) > 1
     again = generate(llm, ["xyz", "cd", "q"], [GREEDY, several, GREEDY])[1]
     assert [c.token_ids for c in again.outputs] == [c.token_ids for c in many.outputs]
+
+
+def test_log_probs_for_training_are_the_engines(llm, tiny):
+    token_ids = [7, 90, 41, 8, 8, 120, 33, 54, 7, 90, 11]
+    (output,) = generate(llm, {"prompt_token_ids": token_ids}, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    want = [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
+    checkpoint = HFCheckpoint(tiny)
+    model = load_model(checkpoint, ModelConfig.from_hf(checkpoint.config), jnp.float32)
+    np.testing.assert_allclose(token_log_probs(model, jnp.asarray(token_ids))[1:], want, rtol=0, atol=1e-5)
 
 
 def test_logprobs_agree_with_prompt_logprobs(llm):

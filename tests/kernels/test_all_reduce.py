@@ -25,6 +25,7 @@ from flax import nnx
 from jaxengine.engine_args import EngineArgs
 from jaxengine.models.layers.linear import Linear
 from jaxengine.models.layers.norm import RMSNorm
+from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels import all_reduce as op
 from jaxengine.pallas_kernels.all_reduce import api, mosaic_gpu
 from jaxengine.sharding import axes
@@ -90,7 +91,7 @@ def check_linear(bias: bool) -> None:
         @jax.jit
         def apply(x, workspace):
             refs = jax.tree.map(jax.new_ref, workspace)
-            return linear(x, refs), jax.tree.map(jax.freeze, refs)
+            return linear(x, StepContext(workspace=refs)), jax.tree.map(jax.freeze, refs)
 
         compiled = apply.lower(jax.device_put(x, place), workspace).compile()
         text = compiled.as_text()

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.mlp import GatedMLP
-from jaxengine.models.layers.norm import RMSNorm, Sum
+from jaxengine.models.layers.norm import PendingResidual, RMSNorm
 from jaxengine.pallas_kernels.add_norm import add_norm, reference
 from jaxengine.pallas_kernels.add_norm import api as add_norm_api
 from jaxengine.pallas_kernels.add_norm import mosaic_gpu as add_norm_kernel
@@ -242,8 +242,8 @@ def test_layers_use_the_kernels(interpret, monkeypatch):
 
     def run(state, x, attended):
         mlp, norm = nnx.merge(graphdef, state)
-        x, normed = norm.added(Sum(x, attended))
-        return norm.added(Sum(x, mlp(normed, in_parts=True)))
+        x, normed = norm.add_and_norm(PendingResidual(x, attended))
+        return norm.add_and_norm(PendingResidual(x, mlp(normed, allow_partial=True)))
 
     def num_kernels() -> int:
         return str(jax.make_jaxpr(run)(state, x, attended)).count("mpmd_map[")

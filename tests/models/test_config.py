@@ -14,6 +14,7 @@ from jaxengine.models.config import FULL, SLIDING, ModelConfig, RopeConfig
 from jaxengine.models.layers import attention
 from jaxengine.models.layers.rope import inverse_frequencies
 from jaxengine.models.registry import MODELS, model_class
+from jaxengine.models.step import ModelInputs, StepContext
 from jaxengine.models.weights import parameters
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, AttentionSpec, make_cache
 from jaxengine.sharding.axes import LOGICAL_AXES
@@ -172,11 +173,12 @@ def test_identical_layers_are_traced_once(monkeypatch):
         jax.eval_shape(lambda: make_cache(AttentionSpec(config.num_heads, 1, 8, 8, "float32", "float32"), 4))
     ] * config.num_layers
     numbers = [jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2, 2), (), (), (11,), (11,))]
-    meta = AttentionMetadata(*numbers[:5])  # pyright: ignore[reportArgumentType]
-    hidden, _ = jax.eval_shape(
-        lambda leaves, *args: jax.tree.unflatten(treedef, leaves)(*args), leaves, *numbers[5:], caches, meta
+    step = StepContext((AttentionMetadata(*numbers[:5]),) * 2)  # pyright: ignore[reportArgumentType]
+    outputs = jax.eval_shape(
+        lambda leaves, *args: jax.tree.unflatten(treedef, leaves)(*args),
+        *(leaves, ModelInputs(*numbers[5:]), caches, step),
     )
-    assert hidden.shape == (11, 40)
+    assert outputs.hidden.shape == (11, 40)
     assert traces == [512, None]  # one for each kind of layer, of 26 layers
 
 

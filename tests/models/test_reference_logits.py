@@ -16,6 +16,7 @@ from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.registry import model_class
+from jaxengine.models.step import ModelInputs, StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, AttentionSpec, make_cache
 
 DATA = Path(__file__).parent / "data"
@@ -39,8 +40,9 @@ class Runner:
 
         def step(leaves, token_ids, positions, caches, meta):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-            hidden, caches = model(token_ids, positions, caches, meta)
-            return model.compute_logits(hidden), caches
+            context = StepContext((meta,) * len(config.cache_groups))
+            outputs = model(ModelInputs(token_ids, positions), caches, context)
+            return model.compute_logits(outputs.hidden), outputs.caches
 
         self.step = jax.jit(step, donate_argnums=3)
         self.restart()
@@ -106,12 +108,12 @@ def test_activations_keep_the_dtype_of_the_weights(case):
     caches = [make_cache(_spec(config, "bfloat16"), 2)] * config.num_layers
     numbers = [jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2, 2), (), (), (11,), (11,))]
 
-    def step(leaves, *args):
+    def step(leaves, inputs, caches, context):
         model = jax.tree.unflatten(treedef, leaves)
-        hidden, caches = model(*args)
+        hidden, _, caches = model(inputs, caches, context)
         return hidden, model.compute_logits(hidden), caches
 
-    meta = AttentionMetadata(*numbers[:5])  # pyright: ignore[reportArgumentType]
-    hidden, logits, caches = jax.eval_shape(step, leaves, *numbers[5:], caches, meta)
+    context = StepContext((AttentionMetadata(*numbers[:5]),) * len(config.cache_groups))  # pyright: ignore[reportArgumentType]
+    hidden, logits, caches = jax.eval_shape(step, leaves, ModelInputs(*numbers[5:]), caches, context)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(caches)} == {jnp.dtype(jnp.bfloat16)}
