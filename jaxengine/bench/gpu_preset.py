@@ -17,7 +17,7 @@ from jaxengine.bench.presets import GPU_DECODE_STEPS, GPU_UNITS, GpuRow
 from jaxengine.bench.profile import trace
 from jaxengine.bench.throughput import measure
 from jaxengine.bench.workloads import DEFAULT_VOCAB, Workload, mixed, uniform
-from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.programs import ModelStep
 from jaxengine.runner.step_handle import StepShape
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class GpuPreset:
                 programs.wait_until_compiled(needed)
             except Exception as error:  # the compiler's own kinds
                 errors[row] = _text(error)
-        num_shapes = len({key for needed in keys.values() for key in needed if isinstance(key, Bucket)})
+        num_shapes = len({key for needed in keys.values() for key in needed if isinstance(key, ModelStep)})
         compile_s = round(time.perf_counter() - started, 2)
         self.engines.append(about | {"compile_s": compile_s, "num_shapes": num_shapes, "num_pages": programs.num_pages})
         return errors

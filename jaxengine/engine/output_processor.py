@@ -346,7 +346,7 @@ class OutputProcessor:
         outputs = [self._completion_output(completion, is_delta) for completion in completions]
         prompt_logprobs = parent.completions[0].prompt_logprobs
         if is_delta and prompt_logprobs is not None:
-            is_whole = finished or len(prompt_logprobs) == len(parent.prompt_token_ids)
+            is_whole = finished or len(prompt_logprobs) >= len(parent.prompt_token_ids)
             if parent.prompt_logprobs_delivered or not is_whole:
                 prompt_logprobs = None
             parent.prompt_logprobs_delivered |= is_whole

@@ -172,7 +172,7 @@ def test_parameters_that_leave_no_token(engine, caplog):
         ({"json": {"$ref": "https://example.com/schema"}}, "does not fetch"),
         ({"regex": "("}, "unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
-        ({"regex": "\ud800"}, "surrogates"),
+        ({"regex": "\ud800"}, "half of a surrogate pair"),
         ({"grammar": "start: other"}, "other"),
         ({"grammar": "root ::= other"}, "other"),
         ({"grammar": "?" * 5}, "GBNF"),

@@ -221,7 +221,7 @@ def test_what_a_planned_engine_uses(options, platform, backend, caplog):
         "max_position_embeddings": 64,
     }
     args = EngineArgs(**{"tensor_parallel_size": 2, "num_gpu_blocks_override": 64} | options)
-    resolved = args.resolve(SimpleNamespace(config=config), platform)  # pyright: ignore[reportArgumentType]
+    resolved = args.resolve(SimpleNamespace(config=config, path="here", num_elements=None), platform)  # pyright: ignore[reportArgumentType]
     assert resolved.all_reduce_backend == backend
     is_told = platform == "gpu" and "data_parallel_size" in options
     assert ("data_parallel_size=2: sums over devices" in caplog.text) == is_told

@@ -159,7 +159,6 @@ def test_an_answer_that_is_cut_short(client):
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
         ({"input": [{"type": ["x"]}]}, "input", "message"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "input_text"),
-        ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]}, "messages", "JSON"),
         ({"input": []}, "messages", "at least one"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools", "'function'"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice", "needs tools"),

@@ -291,16 +291,29 @@ def test_tool_calls_arguments_are_decoded():
         ([USER], {"continue_final_message": True}, "add_generation_prompt"),
         ([USER], {"tools": {"name": "f"}}, "tools"),
         ([USER], {"tools": ["f"]}, "tools"),
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-            {},
-            "arguments.*JSON",
-        ),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}], {}, "arguments.*JSON"),
     ],
 )
 def test_wrong_chats(messages, options, message):
     with pytest.raises(ValueError, match=message):
         chat(messages, **options)
+
+
+@pytest.mark.parametrize("arguments", ["{", '{"x": "half', "[1]", "no JSON", '"x"', "[" * 3000])
+def test_arguments_that_are_no_object_go_on_as_text(arguments):
+    """A model was cut off, or wrote something else: its client sends back what it was answered."""
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    call = {"function": {"name": "f", "arguments": arguments}}
+    assert chat([USER, {"role": "assistant", "tool_calls": [call]}], chat_template=template) == arguments
+
+
+def test_developers_are_systems_where_the_template_does_not_know_them():
+    template = "{% for m in messages %}{{ m.role }} {% endfor %}"
+    developer = {"role": "developer", "content": "Be brief."}
+    assert chat([developer, USER], chat_template=template) == "system user "
+    assert chat([developer, USER], chat_template=template + "{# developer #}") == "developer user "
 
 
 def test_a_model_without_a_chat_template():
