@@ -277,6 +277,10 @@ class AsyncLLM:
         for pool in (self._tokenizing, self._forms):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def stop_workers(self) -> None:
+        """Fails what worker processes look at, and all that they would be asked."""
+        self._front.workers.close()
+
     def kill(self) -> None:
         """Ends the other processes at once, from any thread; this engine is of no use any more."""
         self._front.workers.close()

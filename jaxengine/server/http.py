@@ -20,6 +20,9 @@ BODY_SECONDS = 30.0
 MIN_BODY_BYTES = 2**13
 """So many more bytes of a body must have arrived after every `BODY_SECONDS`, while somebody reads it."""
 MAX_CONNECTIONS = 2**16
+PROBES = (b"/health", b"/ping", b"/metrics")
+"""What is answered even where no more connections are taken."""
+TOO_MANY = "too many connections"
 
 _PHRASES = {
     400: ("Bad Request", "invalid_request"),
@@ -51,7 +54,7 @@ def max_connections() -> int:
 
 def bounded_protocol(max_body_size: int, num_allowed: int) -> type[BoundedProtocol]:
     """The protocol of one server. Args: max_body_size, num_allowed: See `BoundedProtocol`."""
-    members = {"max_body_size": max_body_size, "num_allowed": num_allowed, "_idle": {}}
+    members = {"max_body_size": max_body_size, "num_allowed": num_allowed, "_idle": {}, "_unfinished": {}}
     return type("ServerProtocol", (BoundedProtocol,), members)
 
 
@@ -62,17 +65,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     Attributes:
         num_allowed: Connections at most. One that comes beyond takes the place of the one that has been without a
-            request for longest; if all have one, it is answered 503.
+            request for longest, or else of the one whose body has been arriving for longest. If all have whole
+            requests, it may ask for `PROBES`; anything else is answered 503.
         max_body_size: Bytes of a body, whether anybody reads it or not.
     """
 
     num_allowed: ClassVar[int]
     max_body_size: ClassVar[int]
     _idle: ClassVar[dict[BoundedProtocol, None]]  # without a request, those that have been so for longest first
+    _unfinished: ClassVar[dict[BoundedProtocol, None]]  # whose bodies are arriving, likewise
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._is_in_headers = self._is_in_body = self._has_begun = self._refused = False
+        self._is_in_headers = self._is_in_body = self._has_begun = self._refused = self._is_extra = False
+        self._num_bytes = 0  # of a request, framing included
         self._num_headers = self._num_header_bytes = 0
         self._num_other_bytes = 0  # that have come without any of a body
         self._num_body_bytes = self._num_before = 0
@@ -81,17 +87,21 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         if len(self.connections) > self.num_allowed:
-            if not self._idle:
-                self._refuse(503, "too many connections")
+            oldest = next(iter(self._idle or self._unfinished), None)
+            if oldest is not None:
+                oldest._drop()
+                oldest.transport.abort()  # what it has not read yet must not keep it open
+            elif len(self.connections) > self.num_allowed + max(self.num_allowed // 16, 4):
+                self._refuse(503, TOO_MANY)
                 return
-            oldest = next(iter(self._idle))
-            oldest._drop()
-            oldest.transport.abort()  # what it has not read yet must not keep it open
+            else:
+                self._is_extra = True
         self._idle[self] = None
         self._timer = self.loop.call_later(HEADER_SECONDS, self._headers_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._idle.pop(self, None)
+        self._unfinished.pop(self, None)
         self._cancel_timer()
         super().connection_lost(exc)
 
@@ -108,6 +118,10 @@ class BoundedProtocol(HttpToolsProtocol):
             if not self._refused:
                 self._refuse(400, "this is no HTTP request")
         if self._refused:
+            return
+        self._num_bytes += len(data)
+        if self._num_bytes > 2 * self.max_body_size + MAX_HEADER_BYTES:  # many tiny chunks
+            self._refuse(413, f"the body and its chunks are larger than {2 * self.max_body_size} bytes")
             return
         # A piece may hold the end of one request too: that in which one begins does not count.
         self._num_other_bytes += 0 if self._has_begun or self._num_body_bytes > num_before else len(data)
@@ -131,6 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._is_in_headers = self._has_begun = True
         self._num_headers = self._num_header_bytes = self._num_other_bytes = self._num_body_bytes = 0
+        self._num_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         self._count_header(len(url))
@@ -151,6 +166,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self._is_in_headers, self._is_in_body = False, True
         self._idle.pop(self, None)
+        self._unfinished[self] = None
+        if self._is_extra and self.url.partition(b"?")[0] not in PROBES:
+            self._is_in_headers = True  # there is no cycle of this request yet
+            self._refuse(503, TOO_MANY)
+            raise _RefusedError
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -163,6 +183,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._is_in_body = False
+        self._unfinished.pop(self, None)
         self._cancel_timer()
         super().on_message_complete()
 
@@ -210,6 +231,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _drop(self) -> None:
         self._refused = True
         self._idle.pop(self, None)
+        self._unfinished.pop(self, None)
         self._cancel_timer()
         self.transport.close()
 

@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 DEATH_NOTICE_SECONDS = 2.0
 """How long the server tells everybody that its engine is dead before it ends."""
-CUT_SECONDS = 2
-"""How long answers that were cut get to reach their readers."""
+CUT_SECONDS = 1.0
+"""How long, of the time to end in, answers that were cut get to reach their readers."""
+LATE_SECONDS = 0.5
+"""After the time to end in the process is ended by force."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -84,7 +86,7 @@ def run_server(
         lifespan="off",
         http=bounded_protocol(settings.max_body_size, max_connections()),
         ws="none",
-        timeout_graceful_shutdown=round(settings.shutdown_timeout) + CUT_SECONDS,
+        timeout_graceful_shutdown=max(round(settings.shutdown_timeout), 1),
     )
     try:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
@@ -105,15 +107,19 @@ async def _serve(
 ) -> int:
     loop = asyncio.get_running_loop()
 
+    def cut() -> None:
+        llm.stop_workers()
+        llm.abort_all()
+
     def end() -> None:
         if server.should_exit:
             server.force_exit = True
-            llm.abort_all()
+            cut()
         if ends_process and not server.should_exit:
-            seconds = settings.shutdown_timeout + CUT_SECONDS + 1
+            seconds = settings.shutdown_timeout + LATE_SECONDS
             threading.Thread(target=_end_process, args=(llm, seconds), daemon=True).start()
         server.should_exit = True
-        loop.call_later(settings.shutdown_timeout, llm.abort_all)
+        loop.call_later(max(settings.shutdown_timeout - CUT_SECONDS, 0.0), cut)
 
     def die(error: EngineDeadError) -> None:
         logger.error("%s; the server ends", error)

@@ -67,7 +67,7 @@ class Figures:
 
     def add(self, *row: Any) -> None:
         self.rows.append(tuple(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("\t".join(self.rows[-1]) + "\n")
 
     def table(self) -> str:
