@@ -78,9 +78,9 @@ async def generate(
 
 
 def _check_prompt_logprobs(processed: list[ProcessedInput]) -> None:
-    """Raises APIError if more log probabilities of prompts are asked for than an answer may have."""
+    """Raises APIError if an answer would have more log probabilities of prompts than are accepted."""
     num_logprobs = sum(
-        len(item.prompt_token_ids) * (1 + item.params.prompt_logprobs)
+        len(item.prompt_token_ids) * (1 + item.params.prompt_logprobs) * item.params.n  # each choice repeats them
         for item in processed
         if item.params.prompt_logprobs is not None
     )

@@ -204,3 +204,12 @@ def test_no_body_is_the_servers_fault(scripted_server, path, model):
 @pytest.mark.parametrize(("path", "model"), ENDPOINTS)
 def test_no_body_of_many_is_the_servers_fault(scripted_server, path, model):
     attack(scripted_server, path, model, 3000)
+
+
+def test_an_answer_has_so_many_log_probabilities_of_prompts(server):
+    """Each choice repeats those of its prompt."""
+    body = {"prompt": [[5] * 200] * 5, "max_tokens": 1, "prompt_logprobs": 20, "temperature": 1.0}
+    assert server.post("/v1/completions", body).status_code == 200
+    answer = server.post("/v1/completions", body | {"n": 9, "prompt": [[5] * 300] * 5})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "prompt_logprobs"
