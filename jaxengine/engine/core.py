@@ -190,8 +190,11 @@ class EngineCore:
         for update in scheduler.update(batch, result.sampled):
             request = update.request
             num_tokens += len(update.new_token_ids)
-            if request.grammar is not None and not self._matchers.advance(request, update.new_token_ids):
-                self._fail(update)
+            if request.grammar is not None:
+                if not self._matchers.advance(request, update.new_token_ids):
+                    self._fail(update)
+                elif not update.finished and self._matchers.has_ended(request, update.new_token_ids):
+                    self._end(update)
             own = prompt = None
             if logprobs is not None and (num_logprobs := request.sampling_params.logprobs) is not None:
                 own = _columns(logprobs, slice(update.index, update.index + 1), num_logprobs)
@@ -202,6 +205,13 @@ class EngineCore:
                 self._forget(request)
         self.stats.num_generation_tokens += num_tokens
         return updates
+
+    def _end(self, update: TokenUpdate) -> None:
+        """Ends a request whose grammar is over, though `min_tokens` or `ignore_eos` would have it go on."""
+        request = update.request
+        self.scheduler.finish_request(request.request_id, RequestStatus.FINISHED_STOPPED)
+        request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, None
+        update.finished = True
 
     def _fail(self, update: TokenUpdate) -> None:
         """Ends a request that has gained a token against its grammar: all that was allowed, something else forbade."""

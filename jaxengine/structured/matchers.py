@@ -55,6 +55,12 @@ class Matchers:
             for token_id in token_ids
         )
 
+    def has_ended(self, request: Request, token_ids: Sequence[int]) -> bool:
+        """Whether tokens that were taken end the output: nothing may follow, whatever else asks for more."""
+        ends = {*request.stop_token_ids, *self._compiler.tokenizer.eos_tokens}
+        matcher = self._matchers[request]
+        return bool(token_ids) and token_ids[-1] in ends and (matcher.is_stopped() or matcher.is_accepting())
+
     def forget(self, request: Request) -> None:
         """Drops the matcher of a request that has ended; it may have none."""
         self._matchers.pop(request, None)

@@ -137,11 +137,12 @@ def test_the_end(engine):
     eos = engine.get_tokenizer().eos_token_id
     ended = generate(engine, structured_outputs=yes)
     assert (ended.text, ended.finish_reason, ended.stop_reason) == ("yes", "stop", None)
-    # Nothing but the end is left: min_tokens and ignore_eos can only repeat it.
-    late = generate(engine, structured_outputs=yes, min_tokens=6)
-    assert (late.text, late.finish_reason, late.token_ids[3:]) == ("yes", "stop", [eos] * 3)
-    endless = generate(engine, structured_outputs=yes, ignore_eos=True)
-    assert (endless.text, endless.finish_reason, len(endless.token_ids)) == ("yes", "length", 30)
+    # Nothing but the end is left: min_tokens and ignore_eos could only repeat it.
+    for more in ({"min_tokens": 6}, {"min_tokens": 30}, {"ignore_eos": True}, {"min_tokens": 6, "ignore_eos": True}):
+        late = generate(engine, structured_outputs=yes, skip_special_tokens=False, **more)
+        assert (late.text.removesuffix("<|end|>"), late.finish_reason) == ("yes", "stop")
+        assert late.token_ids[3:] == [eos]
+    assert not engine.llm_engine.core._matchers._matchers
     long = generate(engine, structured_outputs=Structured(regex="a*"), min_tokens=9, logit_bias={eos: 100})
     assert long.text == "a" * 8 if len(long.token_ids) == 9 else long.text.strip("a") == ""
     # A stop token of the user's, which no grammar knows, ends it too where it may end.
