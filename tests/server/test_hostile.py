@@ -37,8 +37,8 @@ CERTAIN = 3
 PROBE_SECONDS = 5.0
 """How long a small request of another client takes at most, right after an attack."""
 OVERLOADED = (429, 503)
-ENDED_SECONDS = 2 + 1 + 1
-"""After `--shutdown-timeout`: what answers that were cut get to reach readers, the end by force, a slow machine."""
+ENDED_SECONDS = 1
+"""After `--shutdown-timeout`: the end by force, and a slow machine."""
 
 
 class Figures:
