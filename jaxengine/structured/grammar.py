@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 NUM_COMPILED = 64
-COMPILED_BYTES = 64 * 2**20
+COMPILED_BYTES = 32 * 2**20
 """Compiled grammars kept, those used last, and the memory that they may take."""
 WHITESPACE = r"[ \t]{1,64}|\r?\n[ \t]{0,64}"
 """Between the parts of JSON: enough to indent it, and no more, or a model can write newlines for ever."""

@@ -17,7 +17,7 @@ NUM_WORKERS = 2
 JOB_SECONDS = 10.0
 MEMORY_BYTES = 512 * 2**20
 """That a job may take beside what a worker has at its start."""
-MAX_KEPT_BYTES = 48 * 2**20
+MAX_KEPT_BYTES = 16 * 2**20
 """That a worker may keep of what its jobs took; else the next job gets a fresh one."""
 START_SECONDS = 120.0
 MAX_WAITING = 256
