@@ -151,7 +151,7 @@ class _Process:
             "CUDA_VISIBLE_DEVICES": "",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "jaxengine.runner.lowering_pool", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "jaxengine.runner.lowering_pool", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=os.environ | environment,
