@@ -18,7 +18,7 @@ from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes
 from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout
-from jaxengine.runner.steps import FlatModel, make_forward
+from jaxengine.runner.steps import FlatModel, StepCaches, make_forward
 
 CONFIG = model_configs()["llama-3.2-1b"]
 BUCKETS = (Bucket(16, 16, decode_only=True), Bucket(256, 16))  # decodes; and with chunks of prompts
@@ -37,7 +37,7 @@ def compile_step(bucket: Bucket, topology: str) -> dict[str, Any]:
     layout = PackedLayout(bucket, TABLE_WIDTH, "mosaic_tpu")
     spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, PAGE_SIZE, "bfloat16", "bfloat16")
     shapes = cache_shapes(spec, NUM_PAGES, "mosaic_tpu")
-    caches = [tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)] * config.num_layers
+    caches = StepCaches([tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)] * config.num_layers)
     last_token, packed = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (bucket.num_seqs, layout.size))
     arguments = (list(flat.leaves), caches, last_token, packed)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
