@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from jaxengine.messages import shorten
+
 logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -47,8 +49,7 @@ def reading(what: str | Path) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an error says, in a line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
+    return shorten(" ".join(str(error).split()) or type(error).__name__, MAX_MESSAGE)
 
 
 def open_regular(path: Path) -> BinaryIO:

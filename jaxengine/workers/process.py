@@ -7,10 +7,10 @@ import json
 import os
 import queue
 import sys
-import textwrap
 import threading
 from typing import Any
 
+from jaxengine.messages import shorten
 from jaxengine.workers.jobs import Jobs, memory_bytes
 
 STACK_BYTES = 2 * 2**20
@@ -43,13 +43,13 @@ def _work(jobs: Jobs, waiting: queue.SimpleQueue[bytes]) -> None:
         try:
             answer: dict[str, Any] = {"result": jobs.run(json.loads(line))}
         except ValueError as error:
-            answer = {"error": textwrap.shorten(str(error), MAX_MESSAGE)}
+            answer = {"error": shorten(str(error), MAX_MESSAGE)}
         except MemoryError:
             answer = {"error": "it takes too much memory"}
         except RecursionError:
             answer = {"error": "it is nested too deeply"}
         except Exception as error:  # whatever a job's input made a library raise
-            answer = {"error": textwrap.shorten(f"{type(error).__name__}: {error}", MAX_MESSAGE)}
+            answer = {"error": shorten(f"{type(error).__name__}: {error}", MAX_MESSAGE)}
         _answer(answer | {"memory": memory_bytes()})
 
 
