@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from jaxengine.engine.core import EngineCore
-    from jaxengine.engine.request import Request
     from jaxengine.outputs import RequestMetrics
+    from jaxengine.request import Request
     from jaxengine.sampling_params import SamplingParams
 
 

@@ -14,12 +14,12 @@ from jaxengine.engine.core_client import CoreClient, EngineDeadError
 from jaxengine.engine.front import EngineFront, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine.output_processor import SampledUpdate
-from jaxengine.engine.request import Request
 from jaxengine.engine_args import EngineArgs
 from jaxengine.host_memory import release_free_memory
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
+from jaxengine.request import Request
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 ASK_SECONDS = 1.0

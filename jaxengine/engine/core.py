@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.pacing import StepPacer
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import STEP_TOKENS, Histogram
+from jaxengine.request import Request, RequestStatus
 from jaxengine.runner.model_runner import ModelRunner
 from jaxengine.runner.step_handle import ForwardStep, ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs

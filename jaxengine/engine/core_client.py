@@ -22,10 +22,10 @@ import zmq.asyncio
 from jaxengine.config import ModelLimits
 from jaxengine.engine import wire
 from jaxengine.engine.output_processor import SampledUpdate
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.engine.socket_folder import SocketFolder
 from jaxengine.engine_args import EngineArgs
 from jaxengine.metrics import Metric
+from jaxengine.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import zmq
 
 from jaxengine.engine import wire
 from jaxengine.engine.front import load_tokenizer
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric, collect_metrics
+from jaxengine.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from jaxengine.config import ModelLimits
 from jaxengine.engine.inputs import InputProcessor, ProcessedInput
 from jaxengine.engine.output_processor import OutputProcessor, SampledUpdate
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.checkpoint import Checkpoint
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import RequestStats
 from jaxengine.outputs import RequestOutput
+from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.grammar import tokenizer_setup
 from jaxengine.workers.grammars import GrammarChecker

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jaxengine.engine.chat import normalize_conversations, render_chat
 from jaxengine.engine.prompts import Prompt, PromptInput, normalize_prompt, normalize_prompts
 from jaxengine.engine.prompts import at as _at
-from jaxengine.engine.request import Request
 from jaxengine.messages import quote
+from jaxengine.request import Request
 from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
 from jaxengine.structured.grammar import Grammar
 from jaxengine.workers.grammars import GrammarChecker

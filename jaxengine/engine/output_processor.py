@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxengine.engine.detokenizer import IncrementalDetokenizer
-from jaxengine.engine.request import Request
 from jaxengine.engine.token_streams import TokenPieces
 from jaxengine.metrics import FinishedRequest, RequestStats
 from jaxengine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobDict, logprob_dict
+from jaxengine.request import Request
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxengine.config import ModelLimits
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.metrics import Metric
+from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.grammar import Grammar
 

@@ -9,7 +9,7 @@ from jaxengine.kv_cache.block_pool import BlockPool
 from jaxengine.kv_cache.prefix import extend_block_hashes
 
 if TYPE_CHECKING:
-    from jaxengine.engine.request import Request
+    from jaxengine.request import Request
 
 
 class KVCacheManager:

@@ -12,7 +12,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxengine.engine.request import Request
+    from jaxengine.request import Request
 
 
 def root_hash(cache_salt: str | None, extra_keys: tuple) -> bytes:

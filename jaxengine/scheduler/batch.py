@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxengine.engine.request import Request
+    from jaxengine.request import Request
 
 
 @dataclass(slots=True, eq=False)  # not frozen, which would make it four times slower to build: hundreds a step

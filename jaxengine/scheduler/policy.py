@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxengine.config import SchedulingPolicy
-    from jaxengine.engine.request import Request
+    from jaxengine.request import Request
 
 _sort_key = attrgetter("sort_key")
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.request import Request, RequestStatus
 from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence, TokenUpdate
 from jaxengine.scheduler.policy import RequestQueue, sort_key
 

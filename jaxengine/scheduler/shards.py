@@ -14,7 +14,7 @@ from jaxengine.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from jaxengine.config import EngineConfig, SchedulerConfig
-    from jaxengine.engine.request import Request, RequestStatus
+    from jaxengine.request import Request, RequestStatus
 
 AFFINITY = 4
 """How many more requests a shard may have than another and still get a prompt all of which it has in its cache."""

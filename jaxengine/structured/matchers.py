@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxengine.engine.request import Request
+from jaxengine.request import Request
 from jaxengine.scheduler.batch import ScheduledBatch
 from jaxengine.structured.grammar import GrammarCompiler
 

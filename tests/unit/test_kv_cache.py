@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from jaxengine.engine.request import Request
 from jaxengine.kv_cache import BlockPool, KVCacheManager
 from jaxengine.kv_cache.prefix import extend_block_hashes
+from jaxengine.request import Request
 from jaxengine.sampling_params import SamplingParams
 
 

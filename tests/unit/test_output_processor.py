@@ -9,8 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxengine.engine.output_processor import OutputProcessor, SampledUpdate, StopFound, TokenLogprobs
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams
 
 

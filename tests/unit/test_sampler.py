@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.engine.request import Request
+from jaxengine.request import Request
 from jaxengine.runner.input_batch import request_features
 from jaxengine.sampling import filters
 from jaxengine.sampling.filters import FEW, filter_logits, top_few

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from jaxengine.config import SchedulerConfig
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.kv_cache import KVCacheManager
+from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.scheduler import ScheduledBatch, Scheduler
 

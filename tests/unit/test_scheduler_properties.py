@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxengine.config import SchedulerConfig
-from jaxengine.engine.request import Request, RequestStatus
 from jaxengine.kv_cache import BlockPool, KVCacheManager, manager, prefix
+from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.scheduler import ScheduledBatch, Scheduler
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxengine.engine import wire
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
-from jaxengine.engine.request import Request, RequestStatus
+from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 
 
