@@ -14,8 +14,8 @@ LINKED = ("models", "pallas_kernels", "sharding")
 # Each part may import itself, PLAIN and the parts named here.
 PLAIN = {"bounded_json", "config", "host_memory", "messages", "sampling_params", "outputs", "request", "__init__"}
 MODELS = {"models", "pallas_kernels", "sharding"}
-RUNNER = {"structured", "runner", "sampling", "scheduler", *MODELS}
-ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
+RUNNER = {"structured", "runner", "sampling", "scheduler", "kv_cache", *MODELS}
+ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", *RUNNER}
 ALLOWED = {
     "__init__": {"engine_args", "llm"},
     "bounded_json": set(),
@@ -53,6 +53,7 @@ WITHOUT_JAX = [
     "jaxengine.engine_args",
     "jaxengine.kv_cache",
     "jaxengine.kv_cache.block_pool",
+    "jaxengine.kv_cache.groups",
     "jaxengine.kv_cache.manager",
     "jaxengine.kv_cache.prefix",
     "jaxengine.outputs",
