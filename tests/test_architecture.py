@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxengine"
 LINKED = ("models", "pallas_kernels", "sharding")
 
@@ -153,3 +153,12 @@ def hidden(folder: str) -> bool:
 
 def links_in(folder: str, names: list[str]) -> list[Path]:
     return [path for name in names if not name.startswith(".") and (path := Path(folder) / name).is_symlink()]
+
+
+def test_unit_tests_mirror_the_folders_they_test():
+    unit = ROOT / "tests" / "unit"
+    folders = [path.relative_to(unit) for path in unit.rglob("*") if path.is_dir() and any(path.glob("test_*.py"))]
+    assert [folder for folder in folders if not (PACKAGE / folder).is_dir()] == []
+    assert [
+        path.name for path in unit.glob("test_*.py") if not (PACKAGE / path.name.removeprefix("test_")).exists()
+    ] == []

@@ -9,7 +9,7 @@ import pytest
 import jaxengine
 from jaxengine.cli.main import COMMANDS, parse_args
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
