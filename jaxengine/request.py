@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import enum
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from jaxengine.sampling_params import SamplingParams
-    from jaxengine.structured.grammar import Grammar
+import msgspec
+
+from jaxengine.messages import quote
+from jaxengine.sampling_params import SamplingParams
+
+
+class Grammar(NamedTuple):
+    """A grammar that is known to be right.
+
+    Attributes:
+        text: In llguidance's own form, see `jaxengine.structured.grammar`.
+        num_bytes: Memory that it takes when it is compiled.
+    """
+
+    text: str
+    num_bytes: int
 
 
 class RequestStatus(enum.Enum):
@@ -33,21 +46,69 @@ class RequestStatus(enum.Enum):
         self.is_finished = finish_reason is not None  # plain attributes: read for every row of every step
 
 
-@dataclass(eq=False)  # compared and hashed by identity
-class Request:
-    """A prompt to continue, and its state.
+class RequestSpec(msgspec.Struct, eq=False, array_like=True):
+    """What a caller asks for one prompt, with everything resolved. It is sent to the core's process as it is.
+
+    Compared and hashed by identity.
 
     Attributes:
-        max_tokens: Output tokens at most (resolved: never None).
+        request_id: The id the caller knows.
+        prompt_token_ids: The prompt, truncated if that was asked for.
+        sampling_params: `n` says how many completions are wanted; see `completions`.
+        max_tokens: Output tokens of each at most (resolved: never None).
         stop_token_ids: Tokens that end the output: EOS, unless ignored, and `sampling_params.stop_token_ids`.
         priority: Lower runs first; read by the "priority" policy only.
         arrival_time: Seconds on any clock; breaks ties between equal priorities.
         cache_salt: Requests share cached pages only with requests of the same salt.
-        extra_keys: Whatever else changes the keys and values of the same tokens (LoRA id, image hashes). Mixed into the
-            block hashes through `repr`, so it must be made of ints, strings and bytes.
-        grammar: What the output must match, see `jaxengine.structured.grammar`; None for anything.
+        extra_keys: Whatever else changes the keys and values of the same tokens (LoRA id, image hashes): ints, strings
+            and bytes. Mixed into the block hashes through `repr`.
+        grammar: What the output must match; None for anything.
 
-    The fields below them are written by the scheduler only, and the last five by the KV cache:
+    Raises:
+        ValueError: `extra_keys` holds something else.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    arrival_time: float = 0.0
+    cache_salt: str | None = None
+    extra_keys: tuple = ()
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        for key in self.extra_keys:
+            if type(key) not in (int, str, bytes):
+                raise ValueError(f"extra_keys: {quote(key)}: must be made of ints, strings and bytes")
+
+    def completions(self) -> list[RequestSpec]:
+        """Returns what is asked of each of the `n` completions; they share all lists and dicts.
+
+        The completions of `n > 1` are called "0_<request_id>", "1_<request_id>", ..., and completion `i` has seed
+        `seed + i`. Log probabilities of the prompt, which all have in common, are asked of the first.
+        """
+        params = self.sampling_params
+        if params.n == 1:
+            return [self]
+        specs = []
+        for index in range(params.n):
+            own = copy.copy(params)
+            own.n = 1
+            own.seed = None if params.seed is None else params.seed + index
+            own.prompt_logprobs = params.prompt_logprobs if index == 0 else None
+            spec = copy.copy(self)
+            spec.request_id, spec.sampling_params = f"{index}_{self.request_id}", own
+            specs.append(spec)
+        return specs
+
+
+class Request(RequestSpec, eq=False):
+    """One completion that is asked for, and its state. Never sent: each side makes its own of the same spec.
+
+    The fields beside those of its spec are written by the scheduler only, and the last five by the KV cache:
         num_computed_tokens: Tokens whose keys and values are computed by the steps scheduled so far.
         num_pending_tokens: Tokens sampled on the device that the host does not know yet: those of the steps that have
             been scheduled and not updated. Before a request ends there can be more of them than it may have.
@@ -67,19 +128,8 @@ class Request:
         num_named_blocks: Blocks of tokens, from the first on, whose pages can be found by their hash.
     """
 
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling_params: SamplingParams
-    max_tokens: int
-    stop_token_ids: frozenset[int] = frozenset()
-    priority: int = 0
-    arrival_time: float = 0.0
-    cache_salt: str | None = None
-    extra_keys: tuple = ()
-    grammar: Grammar | None = None
-
     status: RequestStatus = RequestStatus.WAITING
-    output_token_ids: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = []
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     slot: int = -1
@@ -88,18 +138,24 @@ class Request:
     stop_reason: int | str | None = None
     scheduled_time: float = 0.0
 
-    all_token_ids: list[int] = field(init=False, repr=False)
-    max_total_tokens: int = field(init=False, repr=False)
-    sort_key: tuple = field(init=False, repr=False, default=())
-    block_hashes: list[bytes] = field(init=False, repr=False, default_factory=list)
-    page_ids: list[list[int]] = field(init=False, repr=False, default_factory=list)
-    num_dropped_pages: list[int] = field(init=False, repr=False, default_factory=list)
-    num_page_tokens: int = field(init=False, repr=False, default=0)
-    num_named_blocks: int = field(init=False, repr=False, default=0)
+    all_token_ids: list[int] = []
+    max_total_tokens: int = 0
+    sort_key: tuple = ()
+    block_hashes: list[bytes] = []
+    page_ids: list[list[int]] = []
+    num_dropped_pages: list[int] = []
+    num_page_tokens: int = 0
+    num_named_blocks: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.all_token_ids = self.prompt_token_ids + self.output_token_ids
         self.max_total_tokens = len(self.prompt_token_ids) + self.max_tokens
+
+    @classmethod
+    def of(cls, spec: RequestSpec) -> Request:
+        """Returns a new request of a completion's spec."""
+        return cls(*(getattr(spec, name) for name in RequestSpec.__struct_fields__))
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.pacing import StepPacer
 from jaxengine.metrics import STEP_TOKENS, Histogram
-from jaxengine.request import Request, RequestStatus
+from jaxengine.request import Request, RequestSpec, RequestStatus
 from jaxengine.runner.model_runner import ModelRunner
 from jaxengine.runner.step_handle import ForwardStep, ShardResult, StepHandle
 from jaxengine.sampling.logprobs import Logprobs
@@ -78,8 +78,8 @@ class EngineCore:
             self._matchers.forget(request)
             raise
 
-    def add_requests(self, requests: Sequence[Request]) -> None:
-        """Queues the completions of a request: see `add_request`."""
+    def add_requests(self, spec: RequestSpec, requests: Sequence[Request]) -> None:
+        """Queues the completions of `spec`: see `add_request`."""
         for request in requests:
             self.add_request(request)
 

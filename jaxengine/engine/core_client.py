@@ -25,7 +25,7 @@ from jaxengine.engine.output_processor import SampledUpdate
 from jaxengine.engine.socket_folder import SocketFolder
 from jaxengine.engine_args import EngineArgs
 from jaxengine.metrics import Metric
-from jaxengine.request import Request, RequestStatus
+from jaxengine.request import Request, RequestSpec, RequestStatus
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ class CoreClient:
         self._is_ready = True
         return message.limits
 
-    def add_requests(self, requests: Sequence[Request]) -> None:
+    def add_requests(self, spec: RequestSpec, requests: Sequence[Request]) -> None:
         keys = [next(self._next_key) for _ in requests]
-        self._send(wire.Add.of(keys, requests))
+        self._send(wire.Add.of(keys, spec))
         for key, request in zip(keys, requests, strict=True):
             self._requests[key] = request
             self._keys[request.request_id] = key

@@ -16,7 +16,7 @@ from jaxengine.loading.checkpoint import Checkpoint
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import RequestStats
 from jaxengine.outputs import RequestOutput
-from jaxengine.request import Request, RequestStatus
+from jaxengine.request import Request, RequestSpec, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.structured.grammar import tokenizer_setup
 from jaxengine.workers.grammars import GrammarChecker
@@ -26,8 +26,8 @@ from jaxengine.workers.pool import WorkerPool
 class Core(Protocol):
     """What runs requests: an `EngineCore`, or a client of one in another process."""
 
-    def add_requests(self, requests: Sequence[Request]) -> None:
-        """Queues the completions of a request; raises ValueError if one cannot run."""
+    def add_requests(self, spec: RequestSpec, requests: Sequence[Request]) -> None:
+        """Queues a request's completions, as the front knows them; raises ValueError if one cannot run."""
         ...
 
     def finish_request(
@@ -98,7 +98,7 @@ class EngineFront:
             processed.params,
         )
         try:
-            self._core.add_requests(processed.children)
+            self._core.add_requests(processed.spec, processed.children)
         except BaseException:
             self.abort([processed.request_id])
             raise

@@ -13,9 +13,8 @@ from jaxengine.engine.chat import normalize_conversations, render_chat
 from jaxengine.engine.prompts import Prompt, PromptInput, normalize_prompt, normalize_prompts
 from jaxengine.engine.prompts import at as _at
 from jaxengine.messages import quote
-from jaxengine.request import Request
+from jaxengine.request import Grammar, Request, RequestSpec
 from jaxengine.sampling_params import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, SamplingParams
-from jaxengine.structured.grammar import Grammar
 from jaxengine.workers.grammars import GrammarChecker
 
 if TYPE_CHECKING:
@@ -44,19 +43,29 @@ class ProcessedInput:
     """What the engine adds for one prompt.
 
     Attributes:
-        request_id: The id the caller knows.
         prompt_text: The prompt's text, if it was given one.
-        prompt_token_ids: Its token ids, truncated if asked for.
-        params: The checked parameters of the whole request.
-        children: One `Request` for each of the `n` completions. The parameters of all requests of a call share lists
-            and dicts.
+        spec: What is asked, checked. The parameters of all specs of a call share lists and dicts.
+        children: One `Request` for each of the `n` completions.
     """
 
-    request_id: str
     prompt_text: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
+    spec: RequestSpec
     children: list[Request]
+
+    @property
+    def request_id(self) -> str:
+        """The id the caller knows."""
+        return self.spec.request_id
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's token ids, truncated if asked for."""
+        return self.spec.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        """The checked parameters of the whole request."""
+        return self.spec.sampling_params
 
 
 @dataclass
@@ -170,8 +179,6 @@ class InputProcessor:
     ) -> ProcessedInput:
         """Tokenises and checks one prompt and its parameters; neither is changed.
 
-        The children of `n > 1` are called "0_<request_id>", "1_<request_id>", ..., and child `i` has seed `seed + i`.
-
         Raises:
             ValueError: Names the field and the value that is wrong.
         """
@@ -202,28 +209,18 @@ class InputProcessor:
         params = copy.copy(checked.params)
         token_ids = self._prompt_token_ids(prompt, params)
         room = self.max_model_len - len(token_ids)
-        children = []
-        for index in range(params.n):
-            child_params = params
-            if params.n > 1:
-                child_params = copy.copy(params)
-                child_params.n = 1
-                child_params.seed = None if params.seed is None else params.seed + index
-                child_params.prompt_logprobs = params.prompt_logprobs if index == 0 else None  # those of all are equal
-            children.append(
-                Request(
-                    request_id=request_id if params.n == 1 else f"{index}_{request_id}",
-                    prompt_token_ids=token_ids,
-                    sampling_params=child_params,
-                    max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-                    stop_token_ids=checked.stop_token_ids,
-                    priority=priority,
-                    arrival_time=arrival_time,
-                    cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
-                    grammar=checked.grammar,
-                )
-            )
-        return ProcessedInput(request_id, prompt.text, token_ids, params, children)
+        spec = RequestSpec(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling_params=params,
+            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            stop_token_ids=checked.stop_token_ids,
+            priority=priority,
+            arrival_time=arrival_time,
+            cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
+            grammar=checked.grammar,
+        )
+        return ProcessedInput(prompt.text, spec, [Request.of(own) for own in spec.completions()])
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text.

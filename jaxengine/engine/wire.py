@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,88 +11,42 @@ import numpy as np
 from jaxengine.config import ModelLimits
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.metrics import Metric
-from jaxengine.request import Request, RequestStatus
-from jaxengine.sampling_params import SamplingParams
-from jaxengine.structured.grammar import Grammar
+from jaxengine.request import Request, RequestSpec, RequestStatus
 
-NOT_SENT = {
-    *("n", "seed", "stop", "bad_words", "bad_words_token_ids", "max_tokens", "truncate_prompt_tokens"),
-    *("output_kind", "logits_processors", "extra_args", "structured_outputs"),
+FRONT_ONLY: dict[str, Any] = {
+    "stop": [],
+    "bad_words": [],
+    "max_tokens": None,
+    "truncate_prompt_tokens": None,
+    "structured_outputs": None,
+    "logits_processors": None,
+    "extra_args": None,
 }
-"""Fields of `SamplingParams` that the front alone reads, that cannot be sent, or that are sent in another form."""
+"""Fields of `SamplingParams` that the front alone reads, or that cannot be sent, and what is sent in their place."""
 
 
 class Add(msgspec.Struct, tag=True, array_like=True):
-    """Front to core: queue the completions of a request, which differ in their ids and seeds only.
-
-    Log probabilities of the prompt are computed with the first of them.
+    """Front to core: queue the completions of a request.
 
     Attributes:
         keys: Name each of them in all later messages; never used again, unlike a caller's id.
-        sampling_params: Fields that differ from their defaults, but for the seed.
-        bad_words_token_ids: See `SamplingParams`.
+        spec: What is asked.
     """
 
     keys: list[int]
-    request_ids: list[str]
-    seeds: list[int | None]
-    prompt_token_ids: list[int]
-    sampling_params: dict[str, Any]
-    bad_words_token_ids: list[list[int]]
-    max_tokens: int
-    stop_token_ids: list[int]
-    priority: int
-    arrival_time: float
-    cache_salt: str | None
-    grammar: Grammar | None
+    spec: RequestSpec
 
     @classmethod
-    def of(cls, keys: list[int], requests: Sequence[Request]) -> Add:
-        request = requests[0]
-        params = request.sampling_params
-        return cls(
-            keys,
-            [request.request_id for request in requests],
-            [request.sampling_params.seed for request in requests],
-            request.prompt_token_ids,
-            {name: value for name in _SENT if (value := getattr(params, name)) != _DEFAULTS[name]},
-            params.bad_words_token_ids or [],
-            request.max_tokens,
-            list(request.stop_token_ids),
-            request.priority,
-            request.arrival_time,
-            request.cache_salt,
-            request.grammar,
-        )
+    def of(cls, keys: list[int], spec: RequestSpec) -> Add:
+        """Makes the message, without what the core has no use for."""
+        sent = copy.copy(spec)
+        sent.sampling_params = copy.copy(spec.sampling_params)
+        vars(sent.sampling_params).update(FRONT_ONLY)
+        return cls(keys, sent)
 
     def requests(self) -> list[Request]:
-        """Makes the requests anew, on the other side. Their parameters share lists and dicts."""
-        shared = SamplingParams(**self.sampling_params, max_tokens=None)
-        shared.bad_words_token_ids = self.bad_words_token_ids
-        stop_token_ids = frozenset(self.stop_token_ids)
-        requests = []
-        for index, (request_id, seed) in enumerate(zip(self.request_ids, self.seeds, strict=True)):
-            params = copy.copy(shared)
-            params.seed = seed
-            params.prompt_logprobs = shared.prompt_logprobs if index == 0 else None
-            requests.append(
-                Request(
-                    request_id=request_id,
-                    prompt_token_ids=self.prompt_token_ids,
-                    sampling_params=params,
-                    max_tokens=self.max_tokens,
-                    stop_token_ids=stop_token_ids,
-                    priority=self.priority,
-                    arrival_time=self.arrival_time,
-                    cache_salt=self.cache_salt,
-                    grammar=self.grammar,
-                )
-            )
-        return requests
-
-
-_SENT = [field.name for field in dataclasses.fields(SamplingParams) if field.name not in NOT_SENT]
-_DEFAULTS = vars(SamplingParams())
+        """Makes the core's own requests. Their parameters share lists and dicts."""
+        return [Request.of(spec) for spec in self.spec.completions()]
 
 
 class Finish(msgspec.Struct, tag=True, array_like=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from jaxengine.request import Grammar
 from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.structured.cache import SizedCache
 from jaxengine.structured.json_schema import close, enforce_formats
@@ -49,18 +50,6 @@ def grammar_text(params: StructuredOutputsParams) -> str:
 
 BYTES_A_CHARACTER = 100
 """Memory that a compiled grammar takes for each of its characters, where nobody has measured it: a large estimate."""
-
-
-class Grammar(NamedTuple):
-    """A grammar that is known to be right.
-
-    Attributes:
-        text: In llguidance's own form.
-        num_bytes: Memory that it takes when it is compiled.
-    """
-
-    text: str
-    num_bytes: int
 
 
 class GrammarCompiler:

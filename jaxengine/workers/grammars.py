@@ -8,9 +8,9 @@ import json
 from concurrent.futures import Future
 from typing import Any
 
+from jaxengine.request import Grammar
 from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.structured.cache import SizedCache
-from jaxengine.structured.grammar import Grammar
 from jaxengine.workers.pool import WorkerPool
 
 MAX_CHARACTERS = 2 * 2**20

@@ -390,7 +390,7 @@ def test_parameters_are_checked_once_and_shared():
     assert len({id(child.stop_token_ids) for child in children}) == 1
     assert [child.sampling_params.seed for child in items[1].children] == list(range(3, 1003))
     # One message tells the core of all of them, and their parameters are read there once.
-    data = wire.encode(wire.Add.of(list(range(1000)), items[0].children))
+    data = wire.encode(wire.Add.of(list(range(1000)), items[0].spec))
     assert len(data) < 60_000
     message = wire.decode_to_core(data)
     assert isinstance(message, wire.Add)

@@ -3,8 +3,9 @@
 import pytest
 
 from jaxengine.loading.gguf_tokenizer import gguf_tokenizer
+from jaxengine.request import Grammar
 from jaxengine.sampling_params import StructuredOutputsParams
-from jaxengine.structured.grammar import Grammar, GrammarCompiler, grammar_text, tokenizer_setup
+from jaxengine.structured.grammar import GrammarCompiler, grammar_text, tokenizer_setup
 from tests.unit.loading.test_gguf_tokenizer import byte_level_metadata, spm_metadata
 
 
