@@ -68,6 +68,7 @@ class EngineArgs:
         compilation_cache_dir: Folder of JAX's persistent compilation cache; None: in the user's cache folder; "": none.
         num_lowering_processes: Processes, some 0.5 GB each, that do the Python part of compiling while the engine
             starts on one device, where a cache folder is; None: on GPUs up to 8, as many as are worth it; elsewhere 0.
+        profiler_dir: Folder for what `start_profile` and `stop_profile` write; None: they are refused.
     """
 
     model: str | None = None
@@ -102,6 +103,7 @@ class EngineArgs:
     warmup: str = "background"
     compilation_cache_dir: str | None = None
     num_lowering_processes: int | None = None
+    profiler_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name, accepted in (

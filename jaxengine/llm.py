@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxengine.engine.beam_search import BeamSearchOutput, beam_search
+from jaxengine.engine.calls import SyncCalls
 from jaxengine.engine.chat import normalize_conversations, render_chat
 from jaxengine.engine.inputs import Prompt, PromptInput
 from jaxengine.engine.llm_engine import LLMEngine
@@ -22,7 +23,7 @@ from jaxengine.sampling_params import BeamSearchParams, RequestOutputKind, Sampl
 logger = logging.getLogger(__name__)
 
 
-class LLM:
+class LLM(SyncCalls):
     """A model, ready to generate.
 
     Usable as a context manager; `shutdown()` frees the device.
@@ -68,8 +69,10 @@ class LLM:
 
         Raises:
             ValueError: Any prompt or parameter is wrong; then nothing has run.
+            EngineStateError: The engine sleeps or is paused.
         """
         engine = self.llm_engine
+        engine.check_running()
         processed = engine.input_processor.process_batch(
             prompts,
             sampling_params,
@@ -163,17 +166,14 @@ class LLM:
         """Counters and gauges of the engine."""
         return self.llm_engine.get_metrics()
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes; False (and no change) while requests hold pages."""
-        return self.llm_engine.reset_prefix_cache()
+    def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Makes a call of `SyncCalls` by its name; returns a list with its result. See there.
 
-    def sleep(self, level: int = 1) -> None:
-        """Frees device memory; level 1 keeps the weights on the host, level 2 loads them anew on `wake_up`."""
-        self.llm_engine.sleep(level)
-
-    def wake_up(self) -> None:
-        """Takes the device memory back after `sleep`."""
-        self.llm_engine.wake_up()
+        An engine that runs in several processes is called in each of them, in the same order.
+        """
+        return self.llm_engine.collective_rpc(method, args, kwargs)
 
     def wait_until_warm(self) -> None:
         """Waits until every step shape is compiled: from then on nothing is compiled any more."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxengine.config import EngineConfig
+from jaxengine.engine.controls import Controls
 from jaxengine.engine.core import EngineCore
 from jaxengine.engine.front import eos_token_ids
 from jaxengine.engine_args import EngineArgs
@@ -64,6 +65,12 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
             raise
     grammars = GrammarCompiler(get_tokenizer, config.model.vocab_size, eos_token_ids(checkpoint))
     return EngineCore(make_scheduler(config, programs.num_pages), runner, grammars)
+
+
+def make_controls(core: EngineCore, args: EngineArgs, checkpoint: Checkpoint) -> Controls:
+    """Returns the calls of a core that `build_core` made of these arguments."""
+    config, mesh = core.runner.config, core.runner.programs.context.place.mesh
+    return Controls(core, lambda: load_weights(args, checkpoint, config, mesh), args.profiler_dir)
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:

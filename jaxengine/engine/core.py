@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxengine.engine.calls import PauseMode
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.pacing import StepPacer
 from jaxengine.metrics import STEP_TOKENS, Histogram
@@ -50,6 +51,7 @@ class EngineCore:
 
     Attributes:
         grammars: Compiles what outputs must match; compiling before `add_request` keeps it out of the steps.
+        pause_mode: How generation was paused; None while it is not.
     """
 
     def __init__(self, scheduler: ShardedScheduler, runner: ModelRunner, grammars: GrammarCompiler):
@@ -62,6 +64,9 @@ class EngineCore:
         self.stats = EngineStats()
         self._in_flight: tuple[list[ScheduledBatch], StepHandle] | None = None
         self._prompt_logprobs: dict[Request, TokenLogprobs] = {}
+        self.pause_mode: PauseMode | None = None
+        self._held: dict[str, Request] = {}  # those that have come since the pause
+        self._settled: list[SampledUpdate] = []  # what the next `step` gives out first
 
     def add_request(self, request: Request) -> None:
         """Queues a request.
@@ -73,10 +78,19 @@ class EngineCore:
             request.arrival_time = 0.0  # clocks differ: the order of adding breaks ties
         self._matchers.begin(request)
         try:
-            self.scheduler.add_request(request)
+            if self.pause_mode is None:
+                self.scheduler.add_request(request)
+            else:
+                self._hold(request)
         except BaseException:
             self._matchers.forget(request)
             raise
+
+    def _hold(self, request: Request) -> None:
+        if request.request_id in self._held:
+            raise ValueError(f"request_id={request.request_id!r}: already in use by an unfinished request")
+        self.scheduler.check_request(request)
+        self._held[request.request_id] = request
 
     def add_requests(self, spec: RequestSpec, requests: Sequence[Request]) -> None:
         """Queues the completions of `spec`: see `add_request`."""
@@ -87,13 +101,53 @@ class EngineCore:
         self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None
     ) -> Request | None:
         """Ends a request from outside the loop: aborted, or a stop string was found."""
-        request = self.scheduler.finish_request(request_id, status, stop_reason)
+        request = self._held.pop(request_id, None)
+        if request is not None:
+            request.status, request.stop_reason = status, stop_reason
+        else:
+            request = self.scheduler.finish_request(request_id, status, stop_reason)
         if request is not None:
             self._forget(request)
         return request
 
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.has_unfinished_requests()
+        """Whether requests have not ended, or their ends have not been given out."""
+        return bool(self._settled or self._held) or self.scheduler.has_unfinished_requests()
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        may_run = self.pause_mode is not PauseMode.KEEP
+        return bool(self._settled) or (may_run and self.scheduler.has_unfinished_requests())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their first step, to start again, or for the end of a pause."""
+        return self.scheduler.num_waiting + len(self._held)
+
+    def pause(self, mode: PauseMode) -> None:
+        """Holds back what comes from now on, and ends, runs or keeps the rest, as `mode` says."""
+        self.pause_mode = mode
+        if mode is PauseMode.WAIT:
+            return
+        self.drain()
+        if mode is PauseMode.ABORT:
+            for request in (*self.scheduler.unfinished_requests, *self._held.values()):
+                self.finish_request(request.request_id, RequestStatus.FINISHED_ABORTED)
+                self._settled.append(SampledUpdate(request, [], True))
+
+    def resume(self) -> None:
+        """Runs again what was kept and what was held back."""
+        self.pause_mode = None
+        held, self._held = self._held, {}
+        for request in held.values():
+            self.scheduler.add_request(request)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets all cached prefixes; False, and no change, while requests hold pages that may not be taken."""
+        if reset_running_requests:
+            self.drain()
+            self.scheduler.preempt_all()
+        return self.scheduler.reset_prefix_cache()
 
     def step(self) -> list[SampledUpdate]:
         """Dispatches one step, or several decode steps at once, and takes in what was dispatched before.
@@ -104,7 +158,9 @@ class EngineCore:
         Returns:
             What requests gained; may be empty while prompts are computed.
         """
-        updates: list[SampledUpdate] = []
+        updates = self.take_settled()
+        if self.pause_mode is PauseMode.KEEP:
+            return updates
         try:
             previous = self._in_flight or self._sample(self._dispatch(), updates)
             following = self._dispatch() if self.scheduler.config.async_scheduling else None
@@ -117,10 +173,15 @@ class EngineCore:
         return updates
 
     def drain(self) -> None:
-        """Waits for the step in flight, whose requests have all ended."""
+        """Waits for the step in flight; what it gave to requests that have not ended comes with the next `step`."""
         if self._in_flight is not None:
-            self._collect(*self._in_flight)
-            self._in_flight = None
+            in_flight, self._in_flight = self._in_flight, None
+            self._settled += self._collect(*in_flight)
+
+    def take_settled(self) -> list[SampledUpdate]:
+        """Returns, and forgets, what the next `step` would give out first."""
+        settled, self._settled = self._settled, []
+        return settled
 
     def close(self) -> None:
         """Ends the compiler threads and frees the device. Requests must have ended."""

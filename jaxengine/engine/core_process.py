@@ -19,7 +19,7 @@ from jaxengine.engine import wire
 from jaxengine.engine.front import load_tokenizer
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.metrics import Metric, collect_metrics
+from jaxengine.metrics import Metric
 from jaxengine.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,11 @@ class CoreProcess:
             ValueError: Any argument or file that is wrong.
         """
         from jaxengine.engine.build import build_core
+        from jaxengine.engine.core_metrics import collect_metrics
         from jaxengine.runner.compiler import CompilationCounter
 
         self._compilations = CompilationCounter()
+        self._collect_metrics = collect_metrics
         checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         self._core = build_core(args, checkpoint, lambda: load_tokenizer(args, checkpoint))
         # The first grammar loads the tokenizer, and some take long themselves: steps go on meanwhile.
@@ -76,7 +78,7 @@ class CoreProcess:
 
     def _report(self, updates: list[msgspec.Raw]) -> None:
         """Tells the front what is new."""
-        metrics = collect_metrics(self._core, self._compilations.count)
+        metrics = self._collect_metrics(self._core, self._compilations.count)
         if updates or metrics != self._metrics:
             self._metrics = metrics
             self._send(wire.Step(updates, metrics))

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jaxengine.config import EngineConfig
+from jaxengine.engine.calls import EngineStateError, SyncCalls
 from jaxengine.engine.core import EngineCore
+from jaxengine.engine.core_metrics import collect_metrics
 from jaxengine.engine.front import EngineFront, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.metrics import Metric, collect_metrics
+from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
 
 
-class LLMEngine:
+class LLMEngine(SyncCalls):
     """Continuous batching for one model.
 
     Attributes:
@@ -36,7 +38,7 @@ class LLMEngine:
             ValueError: Any argument or file that is wrong.
         """
         # Heavy imports wait until the arguments have been looked at.
-        from jaxengine.engine.build import build_core
+        from jaxengine.engine.build import build_core, make_controls
         from jaxengine.runner.compiler import CompilationCounter
 
         self.args = args
@@ -55,9 +57,11 @@ class LLMEngine:
                 self.core.close()
                 raise
         self.config: EngineConfig = self.core.runner.config
+        self._controls = make_controls(self.core, args, self.checkpoint)
         self._front = EngineFront(self.core, args, self.checkpoint, self.tokenizer, self.config.limits)
         self.input_processor = self._front.input_processor
         self._num_requests = 0
+        self._outputs: list[RequestOutput] = []  # what the next `step` gives out first
         self._closed = False
 
     def default_sampling_params(self) -> SamplingParams:
@@ -117,9 +121,18 @@ class LLMEngine:
 
         Returns:
             The outputs with news, according to each request's `output_kind`.
+
+        Raises:
+            EngineStateError: The engine sleeps or is paused, and all requests wait for that to end.
         """
+        outputs, self._outputs = self._outputs, []
+        if not outputs and not self.core.has_work() and self.core.has_unfinished_requests():
+            self.check_running()
+        return outputs + self._step()
+
+    def _step(self) -> list[RequestOutput]:
         outputs = self._front.take(self.core.step())
-        if not self.has_unfinished_requests():
+        if not self.core.has_unfinished_requests():
             self.core.drain()
         return outputs
 
@@ -128,7 +141,8 @@ class LLMEngine:
         return self._front.abort([request_ids] if isinstance(request_ids, str) else list(request_ids))
 
     def has_unfinished_requests(self) -> bool:
-        return self.core.has_unfinished_requests()
+        """Whether requests have not ended, or outputs have not been given out."""
+        return bool(self._outputs) or self.core.has_unfinished_requests()
 
     @property
     def unfinished_request_ids(self) -> list[str]:
@@ -139,35 +153,26 @@ class LLMEngine:
         """Waits until every step shape is compiled."""
         self.core.runner.programs.wait_until_warm()
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes; False (and no change) while requests hold pages."""
-        return self.core.scheduler.reset_prefix_cache()
+    def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Makes a call of `SyncCalls`, and steps until it is done; outputs come with the next `step`."""
+        if self._closed:
+            raise RuntimeError("the engine has been shut down")
+        running = self._controls.begin(method, args, kwargs or {})
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                return [end.value]
+            self._outputs += self._step()
 
-    def sleep(self, level: int = 1) -> None:
-        """Frees device memory: level 1 keeps the weights on the host, level 2 drops them. The prefix cache is lost.
-
-        Raises:
-            RuntimeError: Requests are running.
-            ValueError: Another level.
-        """
-        if level not in (1, 2):
-            raise ValueError(f"level={level}: expected 1 or 2")
-        if self.has_unfinished_requests():
-            raise RuntimeError("requests are running: finish or abort them before sleep()")
-        self.core.drain()
-        self.reset_prefix_cache()
-        self.core.runner.sleep(level)
-
-    def wake_up(self) -> None:
-        """Takes the device memory back; after a sleep of level 2 the weights are loaded anew."""
-        from jaxengine.engine.build import load_weights
-
-        mesh = self.core.runner.programs.context.place.mesh
-        self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config, mesh))
-
-    @property
-    def is_sleeping(self) -> bool:
-        return self.core.runner.is_sleeping
+    def check_running(self) -> None:
+        """Raises EngineStateError if requests would only wait."""
+        if self._controls.is_sleeping():
+            raise EngineStateError("the engine sleeps: call wake_up() first")
+        if self._controls.is_paused():
+            raise EngineStateError("generation is paused: call resume_generation() first")
 
     def get_metrics(self) -> list[Metric]:
         """Counters and gauges, by vLLM's names with our prefix."""

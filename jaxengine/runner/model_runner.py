@@ -66,11 +66,14 @@ class ModelRunner:
 
     def load(self, model: CausalLM) -> None:
         """Takes the weights of a model of the same structure, and allocates the cache."""
+        self._take_weights(model)
+        self._allocate()
+
+    def _take_weights(self, model: CausalLM) -> None:
         if self.programs.context.is_stacked:
             model.stack_layers()
         self._leaves = self._put(FlatModel(model).leaves)
         release_free_memory()
-        self._allocate()
 
     # Running
 
@@ -96,7 +99,7 @@ class ModelRunner:
 
     def _prepare(self, batches: Sequence[ScheduledBatch]) -> tuple[Bucket, list[list[int]]]:
         """Fills the slots of new requests; returns the step's shape, and the order of its rows."""
-        if self._leaves is None:
+        if self.is_sleeping:
             raise RuntimeError("the engine sleeps: call wake_up() first")
         self._release_gaps()
         for shard, batch in enumerate(batches):
@@ -241,13 +244,17 @@ class ModelRunner:
             largest = max(layout.size for layout in self._layouts.values()) * np.dtype(np.int32).itemsize
             self._walls = reserve_small_blocks(lambda x: self._place.array(x, self._place.replicated()), largest)
 
-    def sleep(self, level: int) -> None:
-        """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
-        if self._leaves is None:
-            return
+    def check_sleep(self, level: int) -> None:
+        """Raises ValueError if this engine cannot sleep at this level."""
         if level == 1 and is_multiprocess():
             raise ValueError("level=1: not over several processes; level=2 loads the weights anew")
-        if level == 1:
+
+    def sleep(self, level: int) -> None:
+        """Frees the KV cache, and the weights too: level 1 keeps them in host memory, level 2 drops them."""
+        self.check_sleep(level)
+        if level == 2:
+            self._offloaded = None
+        elif self._leaves is not None:
             self._offloaded = jax.device_get(self._leaves)
         weights = self._leaves if self.config.platform != "cpu" else []  # device_get shares memory there
         for array in jax.tree.leaves((weights, self._caches, self._state, self._last_token)):
@@ -258,21 +265,25 @@ class ModelRunner:
 
     @property
     def is_sleeping(self) -> bool:
-        return self._leaves is None
+        """Whether weights or cache are to be woken."""
+        return self._leaves is None or self._caches is None
 
-    def wake_up(self, reload_model) -> None:
-        """Takes the memory back. `reload_model()` gives the model anew after a sleep of level 2."""
-        if self._leaves is not None:
-            return
-        if self._offloaded is not None:
-            self._leaves = self._put(self._offloaded)
-            self._offloaded = None
+    def wake_up(self, tags: Sequence[str], reload_model: Callable[[], CausalLM]) -> None:
+        """Takes memory back.
+
+        Args:
+            tags: "weights", "kv_cache" or both; what is there already stays.
+            reload_model: Gives the model anew after a sleep of level 2.
+        """
+        if "weights" in tags and self._leaves is None:
+            if self._offloaded is None:
+                self._take_weights(reload_model())
+            else:
+                self._leaves, self._offloaded = self._put(self._offloaded), None
+        if "kv_cache" in tags and self._caches is None:
             self._allocate()
-        else:
-            self.load(reload_model())
 
     def close(self) -> None:
         """Ends what compiles, and frees the device memory."""
         self.programs.close()
-        if self._leaves is not None:
-            self.sleep(2)
+        self.sleep(2)

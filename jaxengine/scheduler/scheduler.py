@@ -75,11 +75,13 @@ class Scheduler:
         """Whether the id is that of an unfinished request."""
         return request_id in self._requests
 
-    def add_request(self, request: Request) -> None:
-        """Queues a new request.
+    @property
+    def unfinished_requests(self) -> list[Request]:
+        """Requests that run or wait, oldest first."""
+        return list(self._requests.values())
 
-        A request whose prompt and `max_tokens` would not fit in the whole cache is accepted: it ends with
-        FINISHED_LENGTH when it fills the cache alone.
+    def check_request(self, request: Request) -> None:
+        """Checks that a new request can be added.
 
         Raises:
             ValueError: The id is in use, or there is no room for the prompt and one output token.
@@ -103,7 +105,19 @@ class Scheduler:
                     f"{name}: prompt_token_ids has {prompt_len} tokens: {what} leaves room for {limit - 1} at most, "
                     "and one output token"
                 )
-        request.max_total_tokens = min(prompt_len + request.max_tokens, self.config.max_model_len, capacity)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a new request.
+
+        A request whose prompt and `max_tokens` would not fit in the whole cache is accepted: it ends with
+        FINISHED_LENGTH when it fills the cache alone.
+
+        Raises:
+            ValueError: See `check_request`.
+        """
+        self.check_request(request)
+        limits = self.config.max_model_len, self.kv_cache.max_tokens
+        request.max_total_tokens = min(request.num_prompt_tokens + request.max_tokens, *limits)
         request.sort_key = sort_key(self.config.policy, request, self._num_added)
         self._num_added += 1
         self._requests[request.request_id] = request
@@ -253,6 +267,15 @@ class Scheduler:
             if self.kv_cache.allocate(*args):
                 return True
         return False
+
+    def preempt_all(self) -> None:
+        """Takes slots and pages from all running requests, which wait to compute their tokens anew.
+
+        No batch may be in flight.
+        """
+        step = _Step(0)
+        while self._running:
+            self._preempt(step, self._running[-1])
 
     def _preempt(self, step: _Step, request: Request) -> None:
         """Takes slot and pages from a running request; it will compute all its tokens anew."""

@@ -66,6 +66,21 @@ class ShardedScheduler:
     def has_unfinished_requests(self) -> bool:
         return any(shard.has_unfinished_requests() for shard in self.shards)
 
+    @property
+    def unfinished_requests(self) -> list[Request]:
+        """Requests that run or wait, those of a shard oldest first."""
+        return [request for shard in self.shards for request in shard.unfinished_requests]
+
+    def check_request(self, request: Request) -> None:
+        """Checks that a new request can be added; see `Scheduler.check_request`."""
+        for shard in self.shards:
+            shard.check_request(request)
+
+    def preempt_all(self) -> None:
+        """See `Scheduler.preempt_all`."""
+        for shard in self.shards:
+            shard.preempt_all()
+
     def add_request(self, request: Request) -> None:
         """Queues a new request at the shard with the fewest, or at one that has its prefix in the cache.
 

@@ -234,10 +234,11 @@ def test_beam_search_wider_than_max_logprobs_is_refused(llm):
 def test_sleep_and_wake_up(llm, level):
     (before,) = generate(llm, "abc")
     llm.sleep(level)
-    assert llm.llm_engine.is_sleeping
+    assert llm.is_sleeping()
     with pytest.raises(RuntimeError, match="wake_up"):
         generate(llm, "abc")
     llm.wake_up()
+    assert not llm.is_sleeping()
     (after,) = generate(llm, "abc")
     assert after.outputs[0].token_ids == before.outputs[0].token_ids
 
