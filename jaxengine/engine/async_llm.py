@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from jaxengine.engine.calls import AsyncCalls
 from jaxengine.engine.core_client import CoreClient, EngineDeadError
 from jaxengine.engine.front import EngineFront, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine.output_processor import SampledUpdate
+from jaxengine.engine.weight_transfer import pieces
 from jaxengine.engine_args import EngineArgs
 from jaxengine.host_memory import release_free_memory
 from jaxengine.loading.resolve import resolve_model
@@ -78,7 +80,7 @@ class RequestStream:
         return self._pending.pop(next(iter(self._pending)))
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncCalls):
     """A model, ready to generate for callers of one event loop.
 
     Usable as a context manager; `shutdown()` ends the core's process.
@@ -120,6 +122,7 @@ class AsyncLLM:
         self._receiver: asyncio.Task[None] | None = None
         self._asker: asyncio.Task[None] | None = None
         self._silence = 0.0
+        self._updating_weights = asyncio.Lock()
         # One thread: prompts are tokenised in turn, while outputs go on.
         self._tokenizing = ThreadPoolExecutor(1, "jaxengine-tokenize")
         self._forms = ThreadPoolExecutor(1, "jaxengine-forms")
@@ -238,6 +241,39 @@ class AsyncLLM:
         """Ends all requests as `abort` does."""
         self._deliver(self._front.abort(self._front.request_ids))
 
+    async def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Makes a call of `SyncCalls` by its name; returns a list with its result. See there."""
+        self.check_health()
+        self.start()
+        return [await self._client.call(method, args, kwargs)]
+
+    async def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Replaces weights of the model; what runs goes on with the new ones.
+
+        They are sent in pieces, and the core replaces them when all have come. One call after the other.
+
+        Args:
+            weights: Names as in the checkpoint, and NumPy or JAX arrays. Taken from it as they are sent, in a thread.
+
+        Raises:
+            ValueError: Names or shapes are not the model's; nothing has been changed.
+            EngineStateError: The weights sleep.
+            EngineDeadError: The engine core has ended.
+        """
+        async with self._updating_weights:
+            parts = pieces(weights)
+            try:
+                while (piece := await asyncio.to_thread(next, parts, None)) is not None:
+                    names, arrays = zip(*piece, strict=True)
+                    await self.collective_rpc("receive_weights", (names, arrays))
+                await self.collective_rpc("update_weights")
+            except BaseException:
+                if self.dead_error is None:
+                    self._client.call("discard_weights").add_done_callback(lambda done: done.exception())
+                raise
+
     @property
     def num_unfinished_requests(self) -> int:
         return len(self._streams)
@@ -338,6 +374,7 @@ class AsyncLLM:
     def _fail(self, error: EngineDeadError) -> None:
         if self.dead_error is None:
             self.dead_error = error
+            self._client.fail_calls(error)
             for stream in set(self._streams.values()):
                 stream.fail(error)
             self._streams.clear()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -58,6 +58,8 @@ class CoreClient:
         self._requests: dict[int, Request] = {}
         self._keys: dict[str, int] = {}
         self._next_key = itertools.count()
+        self._calls: dict[int, asyncio.Future] = {}
+        self._next_call = itertools.count()
         self._is_ready = self._closed = False
         self._asked: float | None = None  # when a ping was sent that has no answer yet
         self._folder = SocketFolder()
@@ -108,6 +110,36 @@ class CoreClient:
         self._send(wire.Finish(key, status.name))
         return request
 
+    def call(self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> asyncio.Future:
+        """Sends a call; returns its result to come. `receive` must run.
+
+        Raises:
+            ValueError: An argument cannot be sent.
+        """
+        message = wire.Call(next(self._next_call), method, list(args), dict(kwargs or {}))
+        frames = wire.encode_frames(message)
+        result = self._calls[message.id] = asyncio.get_running_loop().create_future()
+        if not self._closed:
+            with contextlib.suppress(zmq.Again):  # as in `_send`
+                self._outbox.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        return result
+
+    def fail_calls(self, error: Exception) -> None:
+        """Lets all calls fail that have no result yet."""
+        calls, self._calls = self._calls, {}
+        for result in calls.values():
+            if not result.done():
+                result.set_exception(error)
+
+    def _finish_call(self, message: wire.Result) -> None:
+        result = self._calls.pop(message.id, None)
+        if result is None or result.done():  # whoever waited has gone
+            return
+        try:
+            result.set_result(message.get())
+        except Exception as error:
+            result.set_exception(error)
+
     async def receive(
         self, take: Callable[[list[SampledUpdate]], None], refuse: Callable[[Request, str], None]
     ) -> EngineDeadError:
@@ -145,7 +177,9 @@ class CoreClient:
                 take(updates)
                 updates = []
                 await asyncio.sleep(0)  # readers see what came of this message before the next is taken
-                if isinstance(message, wire.Refused):
+                if isinstance(message, wire.Result):
+                    self._finish_call(message)
+                elif isinstance(message, wire.Refused):
                     request = self._forget(message.key)
                     if request is not None:
                         refuse(request, message.message)

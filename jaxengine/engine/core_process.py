@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,10 @@ import msgspec
 import zmq
 
 from jaxengine.engine import wire
+from jaxengine.engine.calls import EngineStateError, PauseMode
 from jaxengine.engine.front import load_tokenizer
+from jaxengine.engine.output_processor import SampledUpdate
+from jaxengine.engine.weight_transfer import ReceivedWeights
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
@@ -46,7 +50,7 @@ class CoreProcess:
         Raises:
             ValueError: Any argument or file that is wrong.
         """
-        from jaxengine.engine.build import build_core
+        from jaxengine.engine.build import build_core, make_controls
         from jaxengine.engine.core_metrics import collect_metrics
         from jaxengine.runner.compiler import CompilationCounter
 
@@ -57,6 +61,14 @@ class CoreProcess:
         # The first grammar loads the tokenizer, and some take long themselves: steps go on meanwhile.
         self._compiler = ThreadPoolExecutor(NUM_COMPILERS, "jaxengine-grammar")
         self._compiling: dict[int, tuple[Request, Future[Any]]] = {}
+        self._controls = make_controls(self._core, args, checkpoint)
+        weights = self._weights = ReceivedWeights()
+        self._controls.table |= {
+            "receive_weights": weights.receive,
+            "discard_weights": weights.discard,
+            "update_weights": self._update_weights,
+        }
+        self._calls: dict[int, tuple[str, Generator[None, None, Any]]] = {}  # those that are under way
         self._inbox, self._outbox = requests, outputs
         self._requests: dict[int, Request] = {}
         self._keys: dict[Request, int] = {}
@@ -68,10 +80,11 @@ class CoreProcess:
         self._report([])
         try:
             while self._take_messages():
-                updates = self._step() if self._core.has_unfinished_requests() else []
+                updates = self._encode(self._core.step()) if self._core.has_work() else []
                 if not self._core.has_unfinished_requests():
                     self._core.drain()
                 self._report(updates)
+                self._advance_calls()
         finally:
             self._compiler.shutdown(cancel_futures=True)
             self._core.close()
@@ -83,9 +96,9 @@ class CoreProcess:
             self._metrics = metrics
             self._send(wire.Step(updates, metrics))
 
-    def _step(self) -> list[msgspec.Raw]:
+    def _encode(self, given: list[SampledUpdate]) -> list[msgspec.Raw]:
         updates = []
-        for update in self._core.step():
+        for update in given:
             key = self._keys.get(update.request)
             if key is None:  # ended here, while the step ran
                 continue
@@ -111,7 +124,7 @@ class CoreProcess:
         Returns:
             False at the end.
         """
-        if not self._core.has_unfinished_requests():
+        if not self._core.has_work():
             self._inbox.poll(COMPILE_POLL_MS if self._compiling else None)
         end = time.monotonic() + TAKE_SECONDS
         while True:
@@ -123,8 +136,8 @@ class CoreProcess:
                 self._add_compiled()
                 return True
             try:
-                message = wire.decode_to_core(frame)
-            except msgspec.DecodeError as error:
+                message = wire.decode_to_core(frame, self._more_frames())
+            except (msgspec.DecodeError, ValueError, TypeError, LookupError) as error:
                 self._refuse_unread(frame, error)
                 continue
             if isinstance(message, wire.Shutdown):
@@ -133,15 +146,73 @@ class CoreProcess:
                 self._send(message)
             elif isinstance(message, wire.Add):
                 self._add(message)
+            elif isinstance(message, wire.Call):
+                self._call(message)
             elif self._compiling.pop(message.key, None) is not None:
                 continue
             elif (request := self._requests.get(message.key)) is not None:
                 self._core.finish_request(request.request_id, RequestStatus[message.status])
                 self._forget(message.key)
 
+    def _more_frames(self) -> list[Any]:
+        """The rest of a message whose first frame has been taken."""
+        frames = []
+        while self._inbox.rcvmore:
+            frames.append(self._inbox.recv(copy=False).buffer)
+        return frames
+
+    def _call(self, message: wire.Call) -> None:
+        """Begins a call: most are done with that."""
+        try:
+            running = self._controls.begin(message.method, message.args, message.kwargs)
+        except ValueError as error:
+            self._send(wire.Result.of_error(message.id, message.method, error))
+            return
+        self._calls[message.id] = message.method, running
+        was_paused = self._core.pause_mode
+        self._advance_calls()
+        if self._core.pause_mode is PauseMode.ABORT and was_paused is not PauseMode.ABORT:
+            self._abort_compiling()
+
+    def _advance_calls(self) -> None:
+        """Goes on with all calls; results follow what they have given to requests."""
+        results = []
+        for call_id, (method, running) in list(self._calls.items()):
+            try:
+                next(running)
+                continue  # it waits for a step
+            except StopIteration as end:
+                results.append(wire.Result(call_id, end.value))
+            except Exception as error:  # whatever it is, it is this call's alone
+                if not isinstance(error, ValueError | EngineStateError):
+                    logger.exception("%s has failed", method)
+                results.append(wire.Result.of_error(call_id, method, error))
+            del self._calls[call_id]
+        if results:
+            self._report(self._encode(self._core.take_settled()))
+        for result in results:
+            self._send(result)
+
+    def _abort_compiling(self) -> None:
+        """Ends the requests whose grammars are not compiled yet: they have come before the pause."""
+        for key, (request, _) in self._compiling.items():
+            request.status = RequestStatus.FINISHED_ABORTED
+            self._send(wire.Step([msgspec.Raw(wire.encode(wire.Update.of(key, SampledUpdate(request, [], True))))], []))
+        self._compiling.clear()
+
+    def _update_weights(self) -> None:
+        """Gives the core the weights that have come."""
+        if self._core.runner.is_sleeping and self._core.runner.lacks_weights:
+            raise EngineStateError("the weights sleep: call wake_up(['weights']) first")
+        self._core.update_weights(self._weights.take())
+
     def _refuse_unread(self, frame: bytes, error: Exception) -> None:
-        """Refuses the request that a message is about which cannot be read."""
+        """Refuses the request or call that a message is about which cannot be read."""
         logger.error("a message cannot be read: %s", error)
+        call_id = wire.call_id_of(frame)
+        if call_id is not None:
+            self._send(wire.Result(call_id, error=("value", f"the call cannot be read by the engine core: {error}")))
+            return
         key = wire.key_of(frame, place=1)  # after the message's tag
         if key is not None:
             self._send(wire.Refused(key, f"the request cannot be read by the engine core: {error}"))

@@ -1,14 +1,17 @@
-"""What the front and the core process tell each other: msgpack, one message a ZeroMQ frame."""
+"""What the front and the core process tell each other: msgpack, one message a ZeroMQ frame, and one frame an array."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # NumPy knows bfloat16 and the like by name once this is imported
 import msgspec
 import numpy as np
 
 from jaxengine.config import ModelLimits
+from jaxengine.engine.calls import EngineStateError
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.metrics import Metric
 from jaxengine.request import Request, RequestSpec, RequestStatus
@@ -62,6 +65,55 @@ class Shutdown(msgspec.Struct, tag=True, array_like=True):
 
 class Ping(msgspec.Struct, tag=True, array_like=True):
     """Front to core, and back between two steps: a core that steps and takes messages is alive."""
+
+
+class Call(msgspec.Struct, tag=True, array_like=True):
+    """Front to core: do something beside requests. A `Result` answers it.
+
+    Attributes:
+        id: Names the call in its result.
+        method: A name of the core's table; see `jaxengine.engine.controls`.
+        args: Its arguments. Arrays among them travel as frames of their own; see `encode_frames`.
+        kwargs: Its arguments by name, likewise.
+    """
+
+    id: int
+    method: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+class Result(msgspec.Struct, tag=True, array_like=True):
+    """Core to front: what a call has returned, or raised.
+
+    Attributes:
+        id: The call's.
+        value: What it has returned.
+        error: What it has raised: a name of `ERRORS`, and the message.
+    """
+
+    id: int
+    value: Any = None
+    error: tuple[str, str] | None = None
+
+    @classmethod
+    def of_error(cls, call_id: int, method: str, error: Exception) -> Result:
+        """Makes the result of a call that has failed."""
+        for name, kind in ERRORS.items():
+            if isinstance(error, kind):
+                return cls(call_id, error=(name, str(error)))
+        return cls(call_id, error=("failed", f"{method} has failed: {type(error).__name__}: {error}"))
+
+    def get(self) -> Any:
+        """Returns the value, or raises the error; one that is of no kind of `ERRORS` as RuntimeError."""
+        if self.error is None:
+            return self.value
+        name, message = self.error
+        raise ERRORS.get(name, RuntimeError)(message)
+
+
+ERRORS: dict[str, type[Exception]] = {"value": ValueError, "state": EngineStateError}
+"""Errors that keep their kind on the way to the front."""
 
 
 class Rows(msgspec.Struct, array_like=True):
@@ -174,13 +226,58 @@ class Failed(msgspec.Struct, tag=True, array_like=True):
     is_users: bool = False
 
 
-ToCore = Add | Finish | Shutdown | Ping
-ToFront = Ready | Step | Refused | Failed | Ping
+ToCore = Add | Finish | Call | Shutdown | Ping
+ToFront = Ready | Step | Refused | Result | Failed | Ping
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
+_decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
 decode_update = msgspec.msgpack.Decoder(Update).decode
+
+
+ARRAY = 1
+"""msgpack's code for an array that travels in a frame of its own."""
+
+
+def encode_frames(message: Call) -> list[Any]:
+    """Encodes a call whose arguments may hold NumPy arrays, which are not copied.
+
+    Returns:
+        The message, and the bytes of each array.
+    """
+    frames: list[Any] = []
+
+    def extract(value: Any) -> msgspec.msgpack.Ext:
+        if not isinstance(value, np.ndarray):
+            raise NotImplementedError(f"{type(value).__name__} cannot be sent to another process")
+        frames.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return msgspec.msgpack.Ext(ARRAY, encode((len(frames) - 1, value.dtype.name, value.shape)))
+
+    try:
+        return [msgspec.msgpack.Encoder(enc_hook=extract).encode(message), *frames]
+    except (NotImplementedError, OverflowError, TypeError) as error:
+        raise ValueError(f"{message.method}: {error}") from error
+
+
+def decode_to_core(data: bytes, frames: Sequence[Any] = ()) -> ToCore:
+    """Decodes a message, with the frames that have come with it; arrays share their memory."""
+    if not frames:
+        return _decode_to_core(data)
+
+    def insert(code: int, description: memoryview) -> np.ndarray:
+        index, dtype, shape = msgspec.msgpack.decode(description, type=tuple[int, str, list[int]])
+        return np.frombuffer(frames[index], np.dtype(dtype)).reshape(shape)
+
+    return msgspec.msgpack.Decoder(ToCore, ext_hook=insert).decode(data)
+
+
+def call_id_of(data: bytes) -> int | None:
+    """Returns the id of a call that cannot be read; None if it is none."""
+    try:
+        tag, call_id = msgspec.msgpack.decode(data)[:2]
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError):
+        return None
+    return call_id if tag == Call.__name__ and isinstance(call_id, int) else None
 
 
 def key_of(data: bytes | msgspec.Raw, place: int) -> int | None:
