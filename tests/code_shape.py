@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each part may import itself, PLAIN and the parts named here.
 PLAIN = {"bounded_json", "config", "host_memory", "messages", "sampling_params", "outputs", "request", "__init__"}
 MODELS = {"models", "pallas_kernels", "sharding"}
-RUNNER = {"structured", "runner", "sampling", "scheduler", *MODELS}
-ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", "kv_cache", *RUNNER}
+RUNNER = {"structured", "runner", "sampling", "scheduler", "kv_cache", *MODELS}
+ENGINE = {"engine", "workers", "engine_args", "metrics", "loading", *RUNNER}
 ALLOWED = {
     "__init__": {"engine_args", "llm"},
     "bounded_json": set(),

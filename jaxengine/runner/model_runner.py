@@ -54,7 +54,7 @@ class ModelRunner:
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._slots = [
-            SlotTable(self.config.scheduler.max_num_seqs, context.table_width, self.config.model.vocab_size)
+            SlotTable(self.config.scheduler.max_num_seqs, context.tables, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
         self._caches: StepCaches | None = None

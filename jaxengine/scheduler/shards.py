@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxengine.kv_cache.groups import page_groups
 from jaxengine.kv_cache.manager import KVCacheManager
 from jaxengine.scheduler.batch import ScheduledBatch
 from jaxengine.scheduler.scheduler import Scheduler
@@ -118,15 +119,15 @@ class ShardedScheduler:
     def _cost(self, index: int, request: Request) -> tuple[float, int]:
         """Sort key: the load that counts, and among equals what the shard was given so far."""
         shard = self.shards[index]
-        _, num_cached = shard.kv_cache.get_computed_pages(request)
-        share = num_cached / max(request.num_prompt_tokens, 1)
+        share = shard.kv_cache.get_computed_pages(request).num_tokens / max(request.num_prompt_tokens, 1)
         return shard.num_running + shard.num_waiting - AFFINITY * share, self._num_tokens_given[index]
 
 
 def make_scheduler(config: EngineConfig, num_pages: int) -> ShardedScheduler:
     """The scheduler of an engine whose shards have so many pages each."""
+    groups, most = page_groups(config), config.scheduler.max_num_batched_tokens
     caches = [
-        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching)
+        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching, groups, most)
         for _ in range(config.data_parallel_size)
     ]
     return ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])

@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale
         self.soft_cap = config.attention_soft_cap
         self.window = config.window(layer)
-        self.group, self.rotation = config.cache_group(layer), config.rotation(layer)
+        self.rotation = config.rotation(layer)
         self.qk_norm = config.qk_norm
         self.sizes = tuple(n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
         stored = tuple(n * self.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
         if step.segment_ids is not None:
             out = causal_attention(*self._heads(qkv, rope), step.segment_ids, **options)
         else:
-            out, cache = self._attend(qkv, rope, cache, step.attention[self.group], options)
+            out, cache = self._attend(qkv, rope, cache, step.attention[0], options)
         return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), step, allow_partial=allow_partial), cache
 
     def _attend(
