@@ -165,7 +165,7 @@ def freeze_heap() -> None:
     """Hides what is there now from Python's garbage collector, until `gc.unfreeze()`.
 
     Tracing and compiling leave a million objects that stay. While steps run, the collector would walk them all every
-    few hundred steps: 100 ms each time (two AVX2 cores, 2026-11-26), for which the device waits.
+    few hundred steps, and the device would wait.
     """
     gc.collect()
     gc.freeze()
