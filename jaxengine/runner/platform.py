@@ -75,8 +75,8 @@ def compiler_options(platform: str, num_tokens: int) -> dict[str, Any]:
     On CPU, LLVM's level 1 compiles faster, and the step is as fast: the time is in library matmuls.
 
     On GPUs, XLA chooses for each product between cuBLAS and its own kernels in Triton, of which it compiles and times
-    dozens. Up to `MAX_TOKENS_OF_TRITON` tokens these are faster. Beyond, cuBLAS alone is as fast, and a step compiles in
-    less than half the time. Autotuning itself stays.
+    dozens. Up to `MAX_TOKENS_OF_TRITON` tokens these are faster. Beyond, cuBLAS alone is as fast, and a step
+    compiles in less than half the time. Autotuning itself stays.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
