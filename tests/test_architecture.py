@@ -40,10 +40,7 @@ STARTING = [
 SERVING = ["jaxengine.engine.async_llm", "jaxengine.engine.core_client", "jaxengine.server.app", "jaxengine.server.run"]
 """A server's own process leaves the device to the engine's."""
 OPEN_CIRCLES = [
-    ("jaxengine.engine.beam_search", "jaxengine.llm"),
-    ("jaxengine.engine.core", "jaxengine.engine.output_processor", "jaxengine.metrics"),
     ("jaxengine.models.*",),
-    ("jaxengine.server.forced_calls", "jaxengine.server.protocol"),
 ]
 """Circles that still are there, all of imports that only type checkers follow. To be opened, not to be added to."""
 

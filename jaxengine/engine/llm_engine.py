@@ -9,11 +9,12 @@ from typing import Any
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine.core import EngineCore
+from jaxengine.engine.core_metrics import collect_metrics
 from jaxengine.engine.front import EngineFront, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.metrics import Metric, collect_metrics
+from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
 

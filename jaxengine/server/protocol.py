@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxengine.engine.inputs import Prompt
-from jaxengine.messages import quote
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from jaxengine.server import bounds
 from jaxengine.server.bounds import Strict, at_most, first_wrong
 from jaxengine.server.errors import APIError
-from jaxengine.server.forced_calls import forced_calls
 from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
+from jaxengine.server.tools import Tool, ToolChoice
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Texts = Annotated[list[str], at_most(bounds.MAX_WORDS)]
@@ -94,85 +92,6 @@ class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool = False
-
-
-class Function(Strict):
-    """A function that the model may call; what its parameters are is a JSON schema."""
-
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    """A tool."""
-
-    type: Literal["function"]
-    function: Function
-
-    def shown(self) -> dict[str, Any]:
-        """What the model is shown of it, as the client has given it."""
-        return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
-
-
-class FunctionName(Strict):
-    """Which function."""
-
-    name: str
-
-
-class NamedTool(Strict):
-    """A tool that is to be called."""
-
-    type: Literal["function"]
-    function: FunctionName
-
-
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
-
-
-@dataclass(frozen=True)
-class ToolUse:
-    """What tools mean for an answer.
-
-    Attributes:
-        tools: Those that the model is told of, and may call.
-        form: What the answer must look like where calls are forced: a list of them in JSON; None where they are not.
-    """
-
-    tools: list[Tool]
-    form: StructuredOutputsParams | None = None
-
-
-def tool_use(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool, auto: bool) -> ToolUse:
-    """What a request makes of its tools.
-
-    Args:
-        tools: Those of the request.
-        choice: Its `tool_choice`; by default "auto" if there are tools.
-        parallel: Whether an answer may have several calls.
-        auto: Whether the server can find calls in what the model writes.
-
-    Raises:
-        APIError: The choice does not fit.
-    """
-    choice = choice or ("auto" if tools else "none")
-    if isinstance(choice, NamedTool):
-        called = [tool for tool in tools if tool.function.name == choice.function.name]
-        if not called:
-            raise APIError(400, f"tool_choice: {quote(choice.function.name)} is none of the tools", param="tool_choice")
-        return ToolUse(tools, forced_calls(called, max_calls=1))
-    if choice == "required":
-        if not tools:
-            raise APIError(400, "tool_choice: 'required' needs tools", param="tool_choice")
-        return ToolUse(tools, forced_calls(tools, max_calls=None if parallel else 1))
-    if choice == "none" or not tools:
-        return ToolUse([])
-    if not auto:
-        message = "tools: this server was started without --enable-auto-tool-choice and --tool-call-parser"
-        raise APIError(400, message, param="tools", code="unsupported_field")
-    return ToolUse(tools)
 
 
 class SamplingBody(Body):

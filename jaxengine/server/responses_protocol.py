@@ -12,8 +12,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, fi
 from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.server import bounds
 from jaxengine.server.bounds import Strict, at_most, first_wrong
-from jaxengine.server.protocol import FunctionName, NamedTool, SamplingBody, Tool, ToolChoice
+from jaxengine.server.protocol import SamplingBody
 from jaxengine.server.structured import PlainFormat, TextFormat
+from jaxengine.server.tools import FunctionName, NamedTool, Tool, ToolChoice
 
 
 class TextPart(Strict):
