@@ -83,10 +83,12 @@ class StepCompiler:
             self._changed.notify_all()
 
     def is_ready(self, key: Any) -> bool:
+        """Returns whether a program's compilation has ended, well or not."""
         future = self._futures.get(key)
         return future is not None and future.done()
 
     def ready_keys(self) -> list[Hashable]:
+        """Returns the keys of the programs whose compilation has ended."""
         return [key for key, future in self._futures.items() if future.done()]
 
     def get(self, key: Any) -> Any:

@@ -54,6 +54,7 @@ class FlatModel:
         self.leaves, self.treedef = jax.tree.flatten(self.state)
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
+        """Returns the model with these leaves."""
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))
 
 

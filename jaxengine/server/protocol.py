@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, override
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -168,6 +168,7 @@ class GenerationBody(SamplingBody):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
@@ -183,9 +184,11 @@ class GenerationBody(SamplingBody):
 
     @property
     def form_field(self) -> str:
+        """The field that asks for a form of the text, for messages."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format"
 
     def form(self) -> StructuredOutputsParams | None:
+        """Returns the form that the text must have; None for any."""
         return structured_outputs(self.response_format, self.structured_outputs)
 
 
@@ -232,6 +235,7 @@ class CompletionBody(GenerationBody):
         return prompts
 
     def sampling_params(self, default: SamplingParams) -> SamplingParams:
+        """Returns the parameters of the body, with defaults for what it leaves out."""
         decided: dict[str, Any] = {"logprobs": self.logprobs}
         if self.prompt_only:
             decided["max_tokens"] = 1  # an engine always samples; nobody sees it
@@ -270,12 +274,14 @@ class ChatBody(GenerationBody, ConversationBody):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
 
+    @override
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError(400, "top_logprobs: only with logprobs=true", param="top_logprobs")
 
     def sampling_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
+        """Returns the parameters of the body, with defaults for what it leaves out."""
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.make_params(default, max_tokens=longest, logprobs=logprobs, **decided)

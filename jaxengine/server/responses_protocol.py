@@ -155,9 +155,11 @@ class ResponsesBody(SamplingBody):
 
     @property
     def form_field(self) -> str:
+        """The field that asks for a form of the text, for messages."""
         return "text.format.schema" if self.text.format.type == "json_schema" else "text.format"
 
     def form(self) -> StructuredOutputsParams | None:
+        """Returns the form that the text must have; None for any."""
         return self.text.format.as_params()
 
     def chat_tool_choice(self) -> ToolChoice:

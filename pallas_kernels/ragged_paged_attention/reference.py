@@ -249,7 +249,9 @@ def to_cache_dtype(new, scale, dtype):
 
 
 def _multiply(equation: str, rows, block, by_row: bool):
-    """einsum of rows[..., R, X] and a block of keys or values; `by_row` makes R products of a vector and a matrix.
+    """Returns the einsum of rows[..., R, X] and a block of keys or values.
+
+    `by_row` makes R products of a vector and a matrix.
 
     XLA's CPU backend emits those inline, where it calls a library for a product of matrices. Selects put the rows
     together, since it emits a concatenation through pointers, element by element.

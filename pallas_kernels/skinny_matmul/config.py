@@ -49,6 +49,7 @@ class Config:
 
     @property
     def label(self) -> str:
+        """The cut as a short name."""
         return f"n{self.tile_n}_s{self.splits}_o{self.occupancy}_k{self.tile_k}"
 
     def num_stages(self, num_rows: int, itemsize: int, *, gated: bool) -> int:
