@@ -207,8 +207,7 @@ def _are_finite(values: np.ndarray) -> bool:
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array on pages of its own: JAX's CPU backend takes over what is aligned to 64 bytes, and copies the rest.
 
-    Not from NumPy, which asks for huge pages: finding them took 5 of the 7 s of CPU time in which 2 GB were loaded (two
-    cores of a virtual machine, 2026-11-24).
+    Not from NumPy, which asks for huge pages: finding them takes most of the time of loading.
     """
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype).reshape(shape)

@@ -228,8 +228,10 @@ def request_features(params) -> Feature:
 
 
 def order_rows(batch: ScheduledBatch) -> list[int]:
-    """Rows of the step, as indices of `batch.sequences`: decodes by length, since attention on CPU takes them in groups
-    that cost as much as their longest member."""
+    """Returns the rows of the step, as indices of `batch.sequences`.
+
+    Decodes come by length, since attention on CPU takes them in groups that cost as much as their longest member.
+    """
     starts = [s.start for s in batch.sequences[: batch.num_decodes]]
     return [*sorted(range(batch.num_decodes), key=starts.__getitem__), *range(batch.num_decodes, len(batch.sequences))]
 

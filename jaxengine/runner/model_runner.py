@@ -258,6 +258,7 @@ class ModelRunner:
 
     @property
     def is_sleeping(self) -> bool:
+        """Whether weights and cache have been given back."""
         return self._leaves is None
 
     def wake_up(self, reload_model) -> None:
