@@ -18,6 +18,7 @@ from jaxengine.loading.loader import init_dummy, load_model
 from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.param import spec_of
 from jaxengine.models.weights import parameters
 from jaxengine.sharding.mesh import make_mesh
 
@@ -165,4 +166,4 @@ def test_parameters_on_a_mesh():
     assert_same(model, checkpoint.load())
     for path, param in parameters(model).items():
         assert param[...].sharding.mesh == mesh, path
-        assert len(param.get_metadata("axes")) == param.ndim, path
+        assert len(spec_of(param).axes) == param.ndim, path
