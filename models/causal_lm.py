@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig, common_fields
-from jaxengine.models.layer_stack import LayerStack
+from jaxengine.models.layer_stack import LayerStack, are_alike
 from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.embedding import Embedding
 from jaxengine.models.layers.linear import Linear
@@ -135,7 +135,7 @@ class CausalLM(nnx.Module):
         """Turns the layers into a `LayerStack`, if they differ in nothing but their parameters; says whether."""
         if isinstance(self.layers, LayerStack):
             return True
-        if not self.config.has_equal_layers:
+        if not self.config.has_equal_layers or not are_alike(self.layers):  # formats may differ
             return False
         self.layers = LayerStack(self.layers)
         return True
