@@ -15,6 +15,9 @@ from jaxengine.models.layers.norm import add_up
 from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import shift_pages
 
+STACKED = "layers.layer."
+"""How the paths of stacked parameters begin; those of the layers by themselves begin with `layers.0.` and so on."""
+
 
 class LayerStack(nnx.Module):
     """L layers with a leading axis L on every parameter, run by one loop.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +16,10 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxengine.loading.checkpoint import Checkpoint
-from jaxengine.loading.parameters import read_parameter
+from jaxengine.loading.parameters import read_parameter, unread_parameter
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.layer_stack import STACKED, LayerStack
 from jaxengine.models.layers.matrix import Formats
 from jaxengine.models.layers.param import initial_value, spec_of
 from jaxengine.models.registry import abstract_model
@@ -103,6 +105,27 @@ def init_dummy(
         make = _dummy_maker(param.shape, np.dtype(param.dtype), spec_of(param).init, sharding)
         param.set_value(make(jax.random.fold_in(key, index)))
     return model
+
+
+def named_weights(model: CausalLM) -> Iterator[tuple[str, jax.Array]]:
+    """Yields a model's weights under the names, and in the form, that its checkpoint has: the inverse of `load_model`.
+
+    Fused layers are taken apart, stacked ones too; rows that several devices hold come once.
+
+    Args:
+        model: A model with weights, such as one that is being trained.
+
+    Raises:
+        ValueError: A matrix is held in a format that a checkpoint does not have.
+    """
+    for path, param in parameters(model).items():
+        own, value = spec_of(param), param[...]
+        paths = [(path, value)]
+        if isinstance(model.layers, LayerStack) and path.startswith(STACKED):
+            rest = path.removeprefix(STACKED)
+            paths = [(f"layers.{layer}.{rest}", value[layer]) for layer in range(model.layers.num_layers)]
+        for path, value in paths:
+            yield from unread_parameter(value, own, model.weight_spec(path, own))
 
 
 @functools.lru_cache(maxsize=64)

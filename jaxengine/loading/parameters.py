@@ -26,7 +26,7 @@ CHECKED_AT_ONCE = 2**17
 """Numbers that fit into a core's cache."""
 _INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
-Groups = list[list[Tensor | None]]
+Groups = list[list[Any]]
 """Of each number on the first axis if tensors are stacked, else of all: a tensor for each part, or one for all parts;
 None for a part that is not there."""
 
@@ -55,6 +55,7 @@ def read_parameter(
     """
     own = spec_of(param)
     groups = group_tensors(own, spec, [get(name) for name in spec.names], path=path, origin=origin)
+    groups = as_parts(groups, spec)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # JAX passes None for scalars only
@@ -73,12 +74,12 @@ def read_parameter(
 def group_tensors(
     own: ParameterSpec,
     spec: WeightSpec,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Any],
     *,
     path: str = "a parameter",
     origin: object = "the checkpoint",
 ) -> Groups:
-    """Decodes and transposes tensors, checks them, and groups them as `fill` takes them.
+    """Decodes tensors, checks them, and groups them.
 
     Args:
         own: The parameter.
@@ -86,27 +87,39 @@ def group_tensors(
         tensors: One for each of `spec.names`, in that order; None for one that is not there.
         path, origin: As in `read_parameter`.
 
+    Returns:
+        The groups, as `spec` has them: those that are stored transposed still are.
+
     Raises:
         ValueError: One has another shape or kind, or a part lacks some of the tensors that it is decoded from.
     """
     num_stacked = own.shape[0] if spec.stack else 1
-    num_each = len(own.tensors) or 1 if spec.decode else 1
-    shapes, names = part_shapes(own, spec), [spec.names[i] for i in range(0, len(spec.names), num_each)]
+    num_each = (len(own.tensors) or 1) if spec.decode else 1
+    shapes, names = part_shapes(own, spec), spec.names[::num_each]
     if len(spec.names) != num_stacked * len(shapes) * num_each:
         raise ValueError(f"{path} is made of {num_stacked * len(shapes) * num_each} tensors, not {len(spec.names)}")
-    parts = [
-        _decode(own, spec, tensors[i : i + num_each], names[i // num_each]) for i in range(0, len(tensors), num_each)
-    ]
-    for name, tensor, shape in zip(names, parts, itertools.cycle(shapes)):
+    parts = [_decode(own, spec, tensors[i * num_each : (i + 1) * num_each], name) for i, name in enumerate(names)]
+    for name, tensor, shape in zip(names, parts, itertools.cycle(shapes), strict=False):
         if tensor is not None:
             _check(name, tensor, shape, own, spec, path, origin)
     return [parts[i * len(shapes) : (i + 1) * len(shapes)] for i in range(num_stacked)]
 
 
+def as_parts(groups: Groups, spec: WeightSpec) -> Groups:
+    """Returns the groups as `fill` takes them: nothing is transposed."""
+    return [[_transposed(part) for part in group] for group in groups] if spec.transpose else groups
+
+
+def _transposed(tensor: Any) -> Any:
+    if tensor is None or len(tensor.shape) < 2:
+        return tensor
+    return tensor.T if len(tensor.shape) == 2 else np.swapaxes(np.asarray(tensor), -1, -2)
+
+
 def part_shapes(own: ParameterSpec, spec: WeightSpec) -> list[tuple[int, ...]]:
     """Returns the shapes of the tensors of one group: of each part, or of all together if they are one tensor."""
     shapes = own.part_shapes()
-    num_each = len(own.tensors) or 1 if spec.decode else 1
+    num_each = (len(own.tensors) or 1) if spec.decode else 1
     is_whole = len(spec.names) < len(shapes) * num_each
     return [shape[1:] if spec.stack else shape for shape in ([own.stored_shape] if is_whole else shapes)]
 
@@ -124,34 +137,44 @@ def fill(out: np.ndarray, own: ParameterSpec, groups: Groups, index: tuple[slice
         stack: Whether the groups lie on the first axis.
     """
     spans = [part.indices(size)[:2] for part, size in zip(index, own.shape, strict=True)]
-    if not stack:
-        _fill(out, groups[0], spans, own.runs, own.fused_axis)
-        return
-    for own_out, group in zip(out, groups[spans[0][0] : spans[0][1]], strict=True):
-        _fill(own_out, group, spans[1:], own.runs[1:], max(own.fused_axis - 1, 0))
+    groups = groups[slice(*spans[0])] if stack else groups
+    for own_out, group in zip(out if stack else (out,), groups, strict=True):
+        for into, number, source in pieces(own, len(group), spans, stack=stack):
+            if number is None:
+                own_out[into] = 0
+            elif group[number] is not None:
+                _copy(own_out[into], group[number][source])
 
 
-def _fill(
-    out: np.ndarray,
-    tensors: Sequence[Tensor | None],
-    spans: Sequence[tuple[int, int]],
-    runs: Sequence[Runs],
-    axis: int,
-) -> None:
-    """Fills an array with tensors that are laid end to end along an axis."""
-    pieces = [_pieces(own, span) for own, span in zip(runs, spans, strict=True)]
-    sizes = [tensor.shape[axis] if tensor is not None else 0 for tensor in tensors]
-    for combination in itertools.product(*pieces):
+def pieces(
+    own: ParameterSpec, num_tensors: int, spans: Sequence[tuple[int, int]], *, stack: bool = False
+) -> Iterator[tuple[tuple[slice, ...], int | None, tuple[slice, ...]]]:
+    """Yields the blocks that a part of a parameter is copied in; of any one group with `stack`.
+
+    Args:
+        own: The parameter.
+        num_tensors: Of a group: one for each of its parts, or one.
+        spans: Of each of the parameter's axes, where the part begins and ends.
+        stack: Whether groups lie on the first axis, which then is in no block.
+
+    Yields:
+        Where in the part, which tensor (None for zeros), and where in that.
+    """
+    axis = max(own.fused_axis, int(stack))
+    sizes = [part.size for part in own.fused_parts] if num_tensors > 1 else [own.stored_shape[axis]]
+    axis -= int(stack)
+    of_axes = zip(own.runs[int(stack) :], spans[int(stack) :], strict=True)
+    for combination in itertools.product(*(_pieces(runs, span) for runs, span in of_axes)):
         into = [slice(at, at + count) for at, _, count in combination]
         if any(first == ZEROS for _, first, _ in combination):
-            out[tuple(into)] = 0
+            yield tuple(into), None, ()
             continue
         source = [slice(first, first + count) for _, first, count in combination]
         at, first, count = combination[axis]
-        for tensor, low, high, offset in _overlapping(tensors, sizes, first, count):
+        for number, low, high, offset in _overlapping(sizes, first, count):
             into[axis] = slice(at + offset, at + offset + high - low)
             source[axis] = slice(low, high)
-            _copy(out[tuple(into)], tensor[tuple(source)])
+            yield tuple(into), number, tuple(source)
 
 
 def _pieces(runs: Runs, span: tuple[int, int]) -> list[tuple[int, int, int]]:
@@ -164,15 +187,13 @@ def _pieces(runs: Runs, span: tuple[int, int]) -> list[tuple[int, int, int]]:
     return found
 
 
-def _overlapping(
-    tensors: Sequence[Tensor | None], sizes: Sequence[int], first: int, count: int
-) -> Iterator[tuple[Tensor, int, int, int]]:
-    """The tensors that make up `count` rows from `first` on, which of their rows do, and from which of the count on."""
+def _overlapping(sizes: Sequence[int], first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Which tensors of these sizes make up `count` rows from `first` on, which rows do, and from which of them on."""
     offset = 0
-    for tensor, size in zip(tensors, sizes, strict=True):
+    for number, size in enumerate(sizes):
         low, high = max(first - offset, 0), min(first + count - offset, size)
-        if tensor is not None and low < high:
-            yield tensor, low, high, offset + low - first
+        if low < high:
+            yield number, low, high, offset + low - first
         offset += size
 
 
@@ -184,7 +205,7 @@ def _copy(out: np.ndarray, tensor: Tensor) -> None:
         tensor.read_into(out)
 
 
-def _decode(own: ParameterSpec, spec: WeightSpec, tensors: Sequence[Tensor | None], name: str) -> Tensor | None:
+def _decode(own: ParameterSpec, spec: WeightSpec, tensors: Sequence[Any], name: str) -> Any:
     """The tensor of one part."""
     if all(tensor is None for tensor in tensors):
         return None
@@ -194,9 +215,7 @@ def _decode(own: ParameterSpec, spec: WeightSpec, tensors: Sequence[Tensor | Non
         raise ValueError(f"{name} is decoded from {len(tensors)} tensors ({', '.join(own.tensors)}); give all of them")
     else:
         tensor = spec.decode(*tensors)
-    if tensor is None or not spec.transpose or len(tensor.shape) < 2:
-        return tensor
-    return tensor.T if len(tensor.shape) == 2 else np.swapaxes(np.asarray(tensor), -1, -2)
+    return tensor
 
 
 def _check(
@@ -210,13 +229,11 @@ def _check(
 ) -> None:
     """Checks a tensor by itself, not only their sum: parts of a fused weight could have changed places."""
 
-    def stored(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*shape[:-2], *shape[:-3:-1]) if spec.transpose else shape
-
+    if spec.transpose:
+        shape = (*shape[:-2], *shape[:-3:-1])
     if tensor.shape != shape:
         raise ValueError(
-            f"tensor {name!r} of {origin} has shape {stored(tensor.shape)}; the configuration wants {stored(shape)} "
-            f"for {path}"
+            f"tensor {name!r} of {origin} has shape {tensor.shape}; the configuration wants {shape} for {path}"
         )
     dtype = getattr(tensor, "dtype", own.dtype)
     if not is_same_kind(dtype, own.dtype):
@@ -257,3 +274,32 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype).reshape(shape)
+
+
+def unread_parameter(value: jax.Array, own: ParameterSpec, spec: WeightSpec) -> Iterator[tuple[str, jax.Array]]:
+    """Yields the tensors that a parameter was read from, by their names: the inverse of `read_parameter`.
+
+    Args:
+        value: The parameter's value.
+        own: What it is.
+        spec: Which tensors it comes from.
+
+    Raises:
+        ValueError: They are decoded, and nothing encodes them.
+    """
+    if spec.decode is not None:
+        raise ValueError(f"{spec.names[0]} is decoded when it is read, and cannot be written")
+    for axis, (runs, size) in enumerate(zip(own.runs, own.stored_shape, strict=True)):
+        if runs:  # of copies any one, and none of zeros
+            ours = np.concatenate(
+                [np.full(n, -1) if first == ZEROS else np.arange(first, first + n) for first, n in runs]
+            )
+            where = {int(row): i for i, row in enumerate(ours)}
+            value = jnp.take(value, np.array([where[row] for row in range(size)]), axis=axis)
+    shapes = part_shapes(own, spec)
+    axis = max(own.fused_axis - int(spec.stack), 0)
+    ends = list(itertools.accumulate(shape[axis] for shape in shapes))
+    groups = value if spec.stack else [value]
+    parts = (part for group in groups for part in jnp.split(group, ends[:-1], axis=axis))
+    for name, part in zip(spec.names, parts, strict=True):
+        yield name, jnp.swapaxes(part, -1, -2) if spec.transpose and part.ndim > 1 else part
