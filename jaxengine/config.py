@@ -97,7 +97,8 @@ class EngineConfig:
         dtype: Dtype of activations, norms and biases, and of all products.
         weight_dtype: Dtype in which matrices are held.
         kv_cache_dtype: Dtype of cached keys and values.
-        attention: What the attention op needs to know of the model; of one device's heads.
+        attention: What the attention op needs to know of the model; of one device's heads. `CacheGroup.attention`
+            has it for each cache group.
         attention_backend: Implementation of ragged paged attention.
         all_reduce_backend: Implementation of sums over the devices that share the model, in steps of few tokens.
         data_parallel_size: Shards, each with its own scheduler, pages and prefix cache, that step together.

@@ -19,8 +19,7 @@ LOAD_FORMATS = ("auto", "dummy")
 EXECUTOR_BACKENDS = (None, "external_launcher")
 ATTENTION_BACKENDS = ("auto", "reference", "mosaic_gpu", "mosaic_tpu")
 DEFAULT_STEP_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 2048}
-"""On an H100, prompts of Llama-3.1-8B run 12% faster in steps of 8192 tokens than of 2048 (matmuls of 580 to 670
-TFLOP/s with 2048 rows; 2026-11-25). On TPUs nothing was measured."""
+"""By platform. Large products run faster on GPUs; on TPUs nothing was measured."""
 
 
 @dataclass(kw_only=True)
@@ -144,7 +143,7 @@ class EngineArgs:
 
         from jaxengine.models.config import ModelConfig
         from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, choose_implementation
-        from jaxengine.runner.memory import num_pages_that_fit
+        from jaxengine.runner.memory import max_tokens_on_cpu
         from jaxengine.runner.platform import resolve_dtypes
 
         is_planned, platform = platform is not None, platform or jax.default_backend()
@@ -180,7 +179,11 @@ class EngineArgs:
             dtype=dtypes.compute,
             cache_dtype=dtypes.kv_cache,
         )
-        backend = choose_implementation(attention, platform, self.attention_backend)
+        groups = [group.attention(attention, model.tensor_parallel_size) for group in model.cache_layout.groups]
+        backends = {choose_implementation(group, platform, self.attention_backend) for group in groups}
+        backend = "reference" if len(backends) > 1 else backends.pop()
+        if self.enable_prefix_caching and model.cache_layout.states:
+            logger.info("prefix caching is off: %s has layers with a state for each sequence", model.architecture)
         devices = None if is_planned else jax.devices()[:num_devices]
         max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
         max_model_len = self.max_model_len or longest
@@ -218,7 +221,7 @@ class EngineArgs:
                 num_pages=self.num_gpu_blocks_override,
                 kv_cache_memory_bytes=self.kv_cache_memory_bytes,
                 gpu_memory_utilization=self.gpu_memory_utilization,
-                enable_prefix_caching=self.enable_prefix_caching,
+                enable_prefix_caching=self.enable_prefix_caching and not model.cache_layout.states,
                 max_logprobs=min(self.max_logprobs, model.vocab_size),
                 seed=self.seed,
                 logits_processors=tuple(self.logits_processors or ()),
@@ -228,8 +231,8 @@ class EngineArgs:
 
         if self.max_model_len is None and is_cpu and self.num_gpu_blocks_override is None:
             # The cache is small: serve what it holds instead of refusing a model made for long contexts.
-            capacity = num_pages_that_fit(make(2), None) * self.block_size
-            if capacity < max_model_len:
+            capacity = max_tokens_on_cpu(make(max_model_len))
+            if 2 <= capacity < max_model_len:
                 logger.warning(
                     "max_model_len is %d, what the KV cache holds; the model allows %d: raise kv_cache_memory_bytes",
                     capacity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -143,7 +144,8 @@ class LLM:
         Raises:
             ValueError: A prompt is wrong, or `2 * beam_width` is more than the engine's `max_logprobs`.
         """
-        return beam_search(self, prompts, params)
+        generate = functools.partial(self.generate, use_tqdm=False)
+        return beam_search(self.llm_engine, generate, prompts, params)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from jaxengine.engine.core import EngineCore
     from jaxengine.outputs import RequestMetrics
     from jaxengine.request import Request
     from jaxengine.sampling_params import SamplingParams
@@ -73,6 +72,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
+        """Counts a value, or so many of it."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
@@ -150,23 +150,3 @@ class RequestStats:
         self.prompt_tokens.observe(request.num_prompt_tokens)
         self.prefill_kv_computed_tokens.observe(request.num_prompt_tokens - request.num_cached_tokens)
         self.generation_tokens.observe(num_tokens)
-
-
-def collect_metrics(core: EngineCore, num_compilations: int) -> list[Metric]:
-    """The values of this moment."""
-    scheduler, stats = core.scheduler, core.stats
-    return [
-        Metric("jaxengine:num_requests_running", "gauge", scheduler.num_running),
-        Metric("jaxengine:num_requests_waiting", "gauge", scheduler.num_waiting),
-        Metric("jaxengine:kv_cache_usage_perc", "gauge", scheduler.cache_usage),
-        Metric("jaxengine:prefix_cache_queries", "counter", scheduler.prefix_queries),
-        Metric("jaxengine:prefix_cache_hits", "counter", scheduler.prefix_hits),
-        Metric("jaxengine:num_preemptions", "counter", scheduler.num_preemptions),
-        Metric("jaxengine:prompt_tokens", "counter", stats.num_prompt_tokens),
-        Metric("jaxengine:generation_tokens", "counter", stats.num_generation_tokens),
-        Metric("jaxengine:steps", "counter", stats.num_steps),
-        Metric(
-            "jaxengine:iteration_tokens_total", "histogram", stats.step_tokens.total, tuple(stats.step_tokens.counts)
-        ),
-        Metric("jaxengine_compilations_total", "counter", num_compilations),
-    ]

@@ -47,7 +47,7 @@ class Request:
             block hashes through `repr`, so it must be made of ints, strings and bytes.
         grammar: What the output must match, see `jaxengine.structured.grammar`; None for anything.
 
-    The fields below them are written by the scheduler only, and the last three by the KV cache:
+    The fields below them are written by the scheduler only, and the last five by the KV cache:
         num_computed_tokens: Tokens whose keys and values are computed by the steps scheduled so far.
         num_pending_tokens: Tokens sampled on the device that the host does not know yet: those of the steps that have
             been scheduled and not updated. Before a request ends there can be more of them than it may have.
@@ -60,9 +60,11 @@ class Request:
         max_total_tokens: Prompt and output tokens at most, all limits taken together.
         sort_key: The request's place in the scheduler's queues; smaller goes first.
         block_hashes: Chained hashes of the full blocks of `all_token_ids`, as far as they were needed.
-        page_ids: Pages that the request holds, in the order of its tokens. The list only grows; one that has given its
-            pages back gets a new one.
-        num_named_pages: How many of them, from the first on, can be found by their hash.
+        page_ids: Of each cache group, the request's pages in the order of its tokens. The lists only grow; a request
+            that has given its pages back gets new ones.
+        num_dropped_pages: Of each group, how many of them, from the first on, it has given back already.
+        num_page_tokens: Tokens that all groups have had pages for.
+        num_named_blocks: Blocks of tokens, from the first on, whose pages can be found by their hash.
     """
 
     request_id: str
@@ -90,8 +92,10 @@ class Request:
     max_total_tokens: int = field(init=False, repr=False)
     sort_key: tuple = field(init=False, repr=False, default=())
     block_hashes: list[bytes] = field(init=False, repr=False, default_factory=list)
-    page_ids: list[int] = field(init=False, repr=False, default_factory=list)
-    num_named_pages: int = field(init=False, repr=False, default=0)
+    page_ids: list[list[int]] = field(init=False, repr=False, default_factory=list)
+    num_dropped_pages: list[int] = field(init=False, repr=False, default_factory=list)
+    num_page_tokens: int = field(init=False, repr=False, default=0)
+    num_named_blocks: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         self.all_token_ids = self.prompt_token_ids + self.output_token_ids
@@ -99,6 +103,7 @@ class Request:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
         return len(self.prompt_token_ids)
 
     @property

@@ -154,8 +154,8 @@ class CausalLM(nnx.Module):
 
         Args:
             inputs: The tokens.
-            caches: One cache for each layer; a single one for stacked layers. None for training: tokens then see those
-                before them among the inputs, and gradients can be taken.
+            caches: As `ModelConfig.cache_layout` has them; a single one for stacked layers. None for training: tokens
+                then see those before them among the inputs, and gradients can be taken.
             step: The step's context without plans and rotations; with caches, and only then.
 
         Returns:
@@ -179,15 +179,16 @@ class CausalLM(nnx.Module):
         rope = tuple(rope_table(rotation, inputs.positions, config.max_model_len) for rotation in config.rotations)
         if step.is_differentiable:
             return dataclasses.replace(step, rope=rope)
+        layout = config.cache_layout
         attention = tuple(
             plan_attention(
                 meta,
                 num_tokens=inputs.token_ids.shape[0],
                 num_heads=config.heads.num_heads // config.tensor_parallel_size,
-                cache=_of_one_device(caches[config.first_layer(group)], config.tensor_parallel_size),
-                sliding_window=window,
+                cache=layout.view(_of_one_device(caches[0], config.tensor_parallel_size), group),
+                sliding_window=group.spec.window,
             )
-            for group, (meta, window) in enumerate(zip(step.attention, config.cache_groups, strict=True))
+            for group, meta in zip(layout.groups, step.attention, strict=True)
         )
         return dataclasses.replace(step, attention=attention, rope=rope)
 
@@ -198,12 +199,17 @@ class CausalLM(nnx.Module):
         if isinstance(self.layers, LayerStack):
             x, cache, taps = self.layers(x, caches[0], step, self.config.taps)
             return x, taps, [cache]
-        residuals, new_caches = [x], []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, cache, step)
+        residuals, caches, layout = [x], list(caches), self.config.cache_layout
+        for number, layer in enumerate(self.layers):
+            group, index = layout.group_of[number], layout.cache_of[number]
+            if group is None or step.is_differentiable:
+                x, caches[index] = layer(x, caches[index], step)
+            else:
+                cache = layout.view(caches[index], layout.groups[group])
+                x, cache = layer(x, cache, step.of_group(group))
+                caches[index] = layout.view(cache, layout.groups[0], layout.groups[group])
             residuals.append(x)
-            new_caches.append(cache)
-        return x, tuple(add_up(residuals[tap]) for tap in self.config.taps), new_caches
+        return x, tuple(add_up(residuals[tap]) for tap in self.config.taps), caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the rows that sample: `[R, D]` to f32[R, V]."""

@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Any
 
+from jaxengine.models.cache import CacheLayout, CacheSpec, PagedKV, plan_caches
 from jaxengine.sharding.layout import HeadLayout, check_divides, head_layout
 
 FULL = "full_attention"
@@ -242,18 +243,17 @@ class ModelConfig:
         is_local = self.layer_types[layer] == SLIDING and self.local_rope is not None
         return self.local_rope if is_local else self.rope
 
+    @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """What each layer keeps from step to step."""
+        return tuple(
+            PagedKV(self.heads.num_kv_heads, self.head_dim, self.window(layer)) for layer in range(self.num_layers)
+        )
+
     @functools.cached_property
-    def cache_groups(self) -> tuple[int | None, ...]:
-        """The sliding window of each cache group. Layers with the same window are a group, which has one page table."""
-        return tuple(dict.fromkeys(map(self.window, range(self.num_layers))))
-
-    def cache_group(self, layer: int) -> int:
-        """Number of the cache group that a layer belongs to."""
-        return self.cache_groups.index(self.window(layer))
-
-    def first_layer(self, group: int) -> int:
-        """Number of the first layer of a cache group."""
-        return next(layer for layer in range(self.num_layers) if self.cache_group(layer) == group)
+    def cache_layout(self) -> CacheLayout:
+        """Which layers share pages."""
+        return plan_caches(self.cache_specs, self.max_model_len)
 
     @functools.cached_property
     def rotations(self) -> tuple[RopeConfig, ...]:
@@ -269,7 +269,7 @@ class ModelConfig:
     @property
     def has_equal_layers(self) -> bool:
         """Whether the layers, more than one, differ in nothing but their parameters."""
-        kinds = {(self.window(i), self.layer_rope(i)) for i in range(self.num_layers)}
+        kinds = set(zip(self.cache_specs, map(self.layer_rope, range(self.num_layers)), strict=True))
         return len(kinds) == 1 and self.num_layers > 1
 
     @classmethod

@@ -22,10 +22,9 @@ STACKED = "layers.layer."
 class LayerStack(nnx.Module):
     """L layers with a leading axis L on every parameter, run by one loop.
 
-    For CPUs only. There a compiled program costs about 3 ms and 60 KB for every operation: SmolLM2's 30 unrolled layers
-    make 2000 of them, 5 s and 125 MB for each step shape. The loop copies each layer's weights out of the stack. With
-    float32 weights that costs 18% of a step of one token, 5% of one of 32 (2 AVX2 cores, 2026-11-23); 16-bit weights,
-    which are converted to float32 on the way, are read faster so than float32 ones. On a GPU the copy costs 150%.
+    For CPUs only. There a compiled program costs time and memory for every operation, and unrolled layers make
+    thousands of them for each step shape. The loop copies each layer's weights out of the stack: a small part of a
+    CPU's step, and more than the step itself on a GPU. 16-bit weights are converted to float32 on the way.
     """
 
     def __init__(self, layers: Sequence[nnx.Module]):

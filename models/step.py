@@ -74,16 +74,32 @@ class ModelOutputs(NamedTuple):
     caches: list[Any]
 
 
+class SlotRows(NamedTuple):
+    """Where layers with a `SlotState` keep what, for the sequences of a step.
+
+    Attributes:
+        slots: i32[S], each sequence's row of the states; out of range, to be dropped, where there is no sequence.
+        starts: i32[S], tokens that each sequence has had before this step. Where it is 0, the state is zeros, whatever
+            the row holds.
+        query_starts: i32[S + 1], row of each sequence's first new token; constant behind the last sequence.
+    """
+
+    slots: jax.Array
+    starts: jax.Array
+    query_starts: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepContext:
     """What all layers of a step read: made once a step, and passed to every layer.
 
-    A layer knows by number which entries are its own. None, and an entry that no layer reads, compile to nothing.
+    None, and an entry that no layer reads, compile to nothing.
 
     Attributes:
-        attention: For each cache group (`ModelConfig.cache_groups`): which tokens belong to which sequences and pages.
-            The model adds the plans.
+        attention: For each cache group (`CacheLayout.groups`): which tokens belong to which sequences and pages. The
+            model adds the plans. A layer gets its own group's alone: see `of_group`.
+        slots: Which rows of states belong to which sequences.
         rope: For each rotation (`ModelConfig.rotations`): cos and sin of the T positions. The model makes them.
         workspace: Where devices that share the model hand each other their parts of a sum, as `jax.Ref`s. Without, the
             compiler adds up what is shared.
@@ -92,6 +108,7 @@ class StepContext:
     """
 
     attention: tuple[AttentionMetadata, ...] = ()
+    slots: SlotRows | None = None
     rope: tuple[RopeTable, ...] = ()
     workspace: Workspace | None = None
     segment_ids: jax.Array | None = None
@@ -100,6 +117,13 @@ class StepContext:
     def is_differentiable(self) -> bool:
         """Whether gradients may be taken, and no kernel may run."""
         return self.segment_ids is not None
+
+    def of_group(self, group: int) -> StepContext:
+        """Returns the context of a layer of a cache group.
+
+        The layer does not see which group it is, so layers that are alike are traced once.
+        """
+        return dataclasses.replace(self, attention=self.attention[group : group + 1])
 
 
 NO_CONTEXT = StepContext()

@@ -21,6 +21,7 @@ from jaxengine.runner.programs import ModelStep
 from jaxengine.runner.step_handle import StepShape
 
 if TYPE_CHECKING:
+    from jaxengine.bench.gpu_figures import Figures
     from jaxengine.llm import LLM
     from jaxengine.runner.programs import Program
 
@@ -52,6 +53,7 @@ class GpuRowResult:
 
     @property
     def floor_share(self) -> float | None:
+        """The floor's share of the value; None without a floor or a value."""
         return None if self.floor_ms is None or self.value is None else self.floor_ms / self.value
 
     @property
@@ -61,10 +63,15 @@ class GpuRowResult:
             return f"{self.row.name}: failed: {self.error}"
         return f"{self.row.name}: {self.value:.6g} {GPU_UNITS[self.row.kind]}"
 
-    def to_json(self) -> dict[str, Any]:
-        """The row and its figures."""
+    def to_json(self, figures: Figures) -> dict[str, Any]:
+        """Returns the row, what it is compared with, and what was measured."""
         names = {"name": self.row.name, "unit": GPU_UNITS[self.row.kind], "floor_share": self.floor_share}
-        return names | asdict(self.row) | {key: value for key, value in asdict(self).items() if key != "row"}
+        return (
+            names
+            | asdict(self.row)
+            | asdict(figures)
+            | {key: value for key, value in asdict(self).items() if key != "row"}
+        )
 
 
 class GpuPreset:

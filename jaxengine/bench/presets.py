@@ -68,19 +68,15 @@ GPU_UNITS: dict[GpuKind, str] = {
     "prefill": "input tokens/s",
     "first token": "ms",
 }
-GPU_SOURCE = (
-    "vLLM 0.24.0 on NVIDIA H100 80GB (3.0 TB/s copy), as many as here, 2026-11-23, its defaults but prefix caching "
-    "off, max_num_seqs=256, max_model_len=4608"
-)
 GPU_ENGINE_ARGS = {"load_format": "dummy", "enable_prefix_caching": False, "max_num_seqs": 256, "max_model_len": 4608}
-"""What the figures were measured with."""
+"""What vLLM was measured with, and we are."""
 GPU_DECODE_STEPS = 64
 """Steps by which the context of a decode row grows."""
 
 
 @dataclass(frozen=True)
 class GpuRow:
-    """One figure of the GPU preset.
+    """One row of the GPU preset. `gpu_figures.py` has what is known of it on each card.
 
     Attributes:
         kind: What is measured, in the unit that `GPU_UNITS` tells: a step in which `batch_size` sequences decode; the
@@ -88,86 +84,41 @@ class GpuRow:
         model: One of `model_configs()`.
         batch_size: B, requests sent at once.
         context: Their tokens: of a decode row when its first step starts, else of the prompts; None for `mixed()`.
-        vllm: What vLLM reached, as `GPU_SOURCE` says.
-        goal: What we aim at on the same device.
     """
 
     kind: GpuKind
     model: str
     batch_size: int
     context: int | None
-    vllm: float
-    goal: float
 
     @property
     def name(self) -> str:
+        """The row's name, which `--only` looks at."""
         shape = f" ctx={self.context}" if self.context is not None else ""
         return f"{self.model} {self.kind} B={self.batch_size}{shape}"
 
 
-_GPU_DECODE: dict[str, list[tuple[int, int, float, float]]] = {  # B, context, vLLM's ms, our goal
-    "llama-3.1-8b": [
-        (1, 1024, 6.57, 5.7),
-        (16, 1024, 7.33, 6.5),
-        (64, 1024, 10.03, 9.0),
-        (256, 1024, 21.3, 19.0),
-        (64, 4096, 18.7, 18.0),
-    ],
-    "qwen3-0.6b": [
-        (1, 128, 2.47, 1.0),
-        (16, 1024, 2.46, 1.6),
-        (64, 1024, 4.41, 3.6),
-        (256, 1024, 12.7, 12.0),
-    ],
-    "llama-3.2-1b": [
-        (1, 128, 1.64, 1.1),
-        (64, 1024, 2.90, 2.1),
-        (256, 1024, 6.64, 5.0),
-    ],
+_DECODE: dict[str, list[tuple[int, int]]] = {  # B, context
+    "llama-3.1-8b": [(1, 1024), (16, 1024), (64, 1024), (256, 1024), (64, 4096)],
+    "qwen3-0.6b": [(1, 128), (16, 1024), (64, 1024), (256, 1024)],
+    "llama-3.2-1b": [(1, 128), (64, 1024), (256, 1024)],
 }
-_GPU_RUNS: list[tuple[GpuKind, int, int | None, dict[str, tuple[float, float]]]] = [  # kind, B, context, (vLLM, goal)
-    (
-        "mixed",
-        256,
-        None,
-        {"llama-3.1-8b": (8514, 10000), "qwen3-0.6b": (19550, 30000), "llama-3.2-1b": (25978, 34000)},
-    ),
-    (
-        "prefill",
-        64,
-        1024,
-        {"llama-3.1-8b": (43868, 44000), "qwen3-0.6b": (333855, 340000), "llama-3.2-1b": (265302, 340000)},
-    ),
-    (
-        "first token",
-        1,
-        1024,
-        {"llama-3.1-8b": (39.4, 30), "qwen3-0.6b": (29.8, 10), "llama-3.2-1b": (10.7, 8)},
-    ),
-]
-
-
-_TWO_GPUS: list[tuple[GpuKind, int, float, float]] = [  # of llama-3.1-8b: kind, B, vLLM, our goal; context 1024
-    ("decode", 1, 4.22, 3.7),
-    ("decode", 16, 5.23, 4.3),
-    ("decode", 64, 7.20, 6.0),
-    ("decode", 256, 12.9, 11.3),
-    ("prefill", 64, 72731, 74000),
-]
+_RUNS: list[tuple[GpuKind, int, int | None]] = [("mixed", 256, None), ("prefill", 64, 1024), ("first token", 1, 1024)]
 
 
 def gpu_preset(tensor_parallel_size: int = 1) -> list[GpuRow]:
-    """The rows of the comparison with vLLM on one GPU, model by model, or of a model that two GPUs share.
+    """Returns the rows for one GPU, model by model, or for a model that two GPUs share.
 
     Raises:
-        ValueError: It was not measured with so many.
+        ValueError: There are no rows for so many GPUs.
     """
     if tensor_parallel_size == 2:
-        return [GpuRow(kind, "llama-3.1-8b", size, 1024, *figures) for kind, size, *figures in _TWO_GPUS]
+        rows = [GpuRow("decode", "llama-3.1-8b", size, 1024) for size in (1, 16, 64, 256)]
+        return [*rows, GpuRow("prefill", "llama-3.1-8b", 64, 1024)]
     if tensor_parallel_size != 1:
-        raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: preset 'gpu' has figures for 1 and 2")
-    rows: list[GpuRow] = []
-    for model, shapes in _GPU_DECODE.items():
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: preset 'gpu' has rows for 1 and 2")
+    rows = []
+    for model, shapes in _DECODE.items():
         rows += [GpuRow("decode", model, *shape) for shape in shapes]
-        rows += [GpuRow(kind, model, size, context, *figures[model]) for kind, size, context, figures in _GPU_RUNS]
+        rows += [GpuRow(kind, model, size, context) for kind, size, context in _RUNS]
     return rows

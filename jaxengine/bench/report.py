@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxengine.bench.presets import CPU_SOURCE, GPU_DECODE_STEPS, GPU_SOURCE, GPU_UNITS, CpuRow, GpuKind
+from jaxengine.bench.presets import CPU_SOURCE, GPU_DECODE_STEPS, GPU_UNITS, CpuRow, GpuKind
 from jaxengine.bench.startup import StartupResult
 from jaxengine.bench.throughput import ThroughputResult
 
 if TYPE_CHECKING:
+    from jaxengine.bench.gpu_figures import Comparison
     from jaxengine.bench.gpu_preset import GpuRowResult
     from jaxengine.bench.latency import LatencyResult
     from jaxengine.bench.serve import ServeResult
@@ -152,16 +153,19 @@ def print_serve(console: Console, result: ServeResult, environment: dict[str, An
     warn_of_compilations(console, result.workload, result.num_compilations or 0)
 
 
-def print_gpu_preset(console: Console, results: Sequence[GpuRowResult], report: dict[str, Any]) -> None:
-    """A table per kind of figure, ours beside vLLM's; then what each was measured on, and what failed."""
+def print_gpu_preset(
+    console: Console, results: Sequence[GpuRowResult], report: dict[str, Any], compared: Comparison
+) -> None:
+    """Prints a table per kind of figure, ours beside vLLM's; then what each was measured on, and what failed."""
     environment = report["environment"]
     for kind, unit in GPU_UNITS.items():
         chosen = [result for result in results if result.row.kind == kind]
         if chosen:
-            console.print(_gpu_table(kind, unit, chosen))
-    console.print(f"vLLM's figures: {GPU_SOURCE}. Goals are for that device too.", highlight=False)
-    devices = f"{environment['num_devices']} x {', '.join(environment['devices'])}"
-    console.print(f"Ours: {devices}. Compare only what ran on the same kind of device.", highlight=False)
+            console.print(_gpu_table(kind, unit, chosen, compared))
+    is_compared = compared.card is not None
+    console.print(
+        f"vLLM's figures: {compared.note}." if is_compared else compared.note, highlight=False, soft_wrap=True
+    )
     _print_environment(console, environment)
     _print_bandwidth(console, environment)
     parts = [
@@ -175,22 +179,28 @@ def print_gpu_preset(console: Console, results: Sequence[GpuRowResult], report: 
         warn_of_compilations(console, result.row.name, result.num_compilations)
 
 
-def _gpu_table(kind: GpuKind, unit: str, results: Sequence[GpuRowResult]) -> Table:
+def _gpu_table(kind: GpuKind, unit: str, results: Sequence[GpuRowResult], compared: Comparison) -> Table:
     has_floor = kind == "decode"
     least = "<=" if unit.startswith("ms") else ">="
     note = f" (mean of {GPU_DECODE_STEPS} steps in which all B decode)" if has_floor else ""
     table = Table(title=f"{kind}, {unit}{note}", title_justify="left")
-    columns = ["B", "ctx", "floor here", "vLLM, H100", "goal, H100", "ours, here", "share of floor"]
+    columns = ["B", "ctx"] + ["floor"] * has_floor
+    if compared.card is not None:
+        columns += [f"vLLM, {compared.card.name}", f"goal, {compared.card.name}"]
+    columns += ["ours"] + ["share of floor"] * has_floor
     table.add_column("shape")
     for name in columns:
-        if has_floor or "floor" not in name:
-            table.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for result in results:
         row = result.row
         ours = "[red]failed[/red]" if result.value is None else f"[bold]{_figure(result.value)}[/bold]"
         cells = [row.model, str(row.batch_size), _optional(row.context, "d")]
         cells += [_optional(result.floor_ms, ".2f")] if has_floor else []
-        cells += [_figure(row.vllm), f"{least} {_figure(row.goal)}", ours]
+        if compared.card is not None:
+            figures = compared.of(row)
+            goal = "-" if figures.goal is None else f"{least} {_figure(figures.goal)}"
+            cells += ["-" if figures.vllm is None else _figure(figures.vllm), goal]
+        cells.append(ours)
         cells += [_optional(result.floor_share, ".0%")] if has_floor else []
         table.add_row(*cells)
     return table

@@ -7,8 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from jaxengine.bench.presets import GPU_ENGINE_ARGS, GPU_SOURCE, GpuRow, gpu_preset
-from jaxengine.cli.bench import bandwidth, bench_engine_args, select_rows, write_report
+from jaxengine.bench.gpu_figures import comparison
+from jaxengine.bench.presets import GPU_ENGINE_ARGS, GpuRow, gpu_preset
+from jaxengine.cli.bench_common import bandwidth, bench_engine_args, select_rows, write_report
 from jaxengine.cli.common import Status
 from jaxengine.cli.engine_flags import engine_kwargs
 
@@ -42,13 +43,14 @@ def run_gpu_preset(args: argparse.Namespace) -> int:
         return LLM(**bench_engine_args(engine_args | {"model": model}))
 
     about = environment() | found | {"engine_args": engine_args}
+    compared = comparison(about["devices"], given.get("tensor_parallel_size", 1))
     preset = GpuPreset(rows, make, bandwidth=found["bandwidth"], show=status.show, profile=args.profile)
     results: list[GpuRowResult] = []
 
     def report() -> dict[str, Any]:
         wall_s = round(time.perf_counter() - started, 2)
-        return {"environment": about, "compared_with": GPU_SOURCE, "wall_s": wall_s, "engines": preset.engines} | {
-            "results": [result.to_json() for result in results]
+        return {"environment": about, "compared_with": compared.note, "wall_s": wall_s, "engines": preset.engines} | {
+            "results": [result.to_json(compared.of(result.row)) for result in results]
         }
 
     try:
@@ -63,7 +65,7 @@ def run_gpu_preset(args: argparse.Namespace) -> int:
         status.clear()
         console = write_report(args, report())
         if console is not None:
-            print_gpu_preset(console, results, report())
+            print_gpu_preset(console, results, report(), compared)
     return 1 if any(result.error is not None or result.num_compilations for result in results) else 0
 
 

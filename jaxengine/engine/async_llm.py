@@ -240,6 +240,7 @@ class AsyncLLM:
 
     @property
     def num_unfinished_requests(self) -> int:
+        """Requests whose streams have not ended."""
         return len(self._streams)
 
     def check_health(self) -> None:

@@ -94,6 +94,7 @@ class EngineCore:
         return request
 
     def has_unfinished_requests(self) -> bool:
+        """Returns whether any request waits or runs."""
         return self.scheduler.has_unfinished_requests()
 
     def step(self) -> list[SampledUpdate]:

@@ -16,10 +16,11 @@ import msgspec
 import zmq
 
 from jaxengine.engine import wire
+from jaxengine.engine.core_metrics import collect_metrics
 from jaxengine.engine.front import load_tokenizer
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.metrics import Metric, collect_metrics
+from jaxengine.metrics import Metric
 from jaxengine.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)

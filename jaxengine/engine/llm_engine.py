@@ -9,11 +9,12 @@ from typing import Any
 
 from jaxengine.config import EngineConfig
 from jaxengine.engine.core import EngineCore
+from jaxengine.engine.core_metrics import collect_metrics
 from jaxengine.engine.front import EngineFront, load_tokenizer
 from jaxengine.engine.inputs import ProcessedInput, PromptInput
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.metrics import Metric, collect_metrics
+from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
 from jaxengine.runner.weight_update import Weights
 from jaxengine.sampling_params import SamplingParams
@@ -66,6 +67,7 @@ class LLMEngine:
         return self._front.default_params.clone()
 
     def next_request_id(self) -> str:
+        """Returns an id that has not been returned before."""
         self._num_requests += 1
         return str(self._num_requests - 1)
 
@@ -129,6 +131,7 @@ class LLMEngine:
         return self._front.abort([request_ids] if isinstance(request_ids, str) else list(request_ids))
 
     def has_unfinished_requests(self) -> bool:
+        """Returns whether any request waits or runs."""
         return self.core.has_unfinished_requests()
 
     @property
@@ -172,6 +175,7 @@ class LLMEngine:
 
     @property
     def is_sleeping(self) -> bool:
+        """Whether the device memory has been given back."""
         return self.core.runner.is_sleeping
 
     def get_metrics(self) -> list[Metric]:

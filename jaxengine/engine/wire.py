@@ -50,6 +50,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
 
     @classmethod
     def of(cls, keys: list[int], requests: Sequence[Request]) -> Add:
+        """Makes the message of the completions of a request."""
         request = requests[0]
         params = request.sampling_params
         return cls(
@@ -122,6 +123,7 @@ class Rows(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, values: TokenLogprobs) -> Rows:
+        """Makes the message of some log probabilities."""
         return cls(
             (len(values.ranks), values.token_ids.shape[1]),
             values.token_ids.astype(np.int32).tobytes(),
@@ -130,6 +132,7 @@ class Rows(msgspec.Struct, array_like=True):
         )
 
     def values(self) -> TokenLogprobs:
+        """Returns the log probabilities; views of the message."""
         return TokenLogprobs(
             np.frombuffer(self.token_ids, np.int32).reshape(self.shape),
             np.frombuffer(self.logprobs, np.float32).reshape(self.shape),
@@ -152,6 +155,7 @@ class Update(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, key: int, update: SampledUpdate) -> Update:
+        """Makes the message of what a request has gained."""
         request = update.request
         # A stop string is the front's business: the core's reasons are tokens.
         reason = request.stop_reason if isinstance(request.stop_reason, int) else None

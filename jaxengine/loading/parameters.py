@@ -228,7 +228,6 @@ def _check(
     origin: object,
 ) -> None:
     """Checks a tensor by itself, not only their sum: parts of a fused weight could have changed places."""
-
     if spec.transpose:
         shape = (*shape[:-2], *shape[:-3:-1])
     if tensor.shape != shape:
@@ -269,8 +268,7 @@ def warn_not_finite(names: Sequence[str], origin: object) -> None:
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array on pages of its own: JAX's CPU backend takes over what is aligned to 64 bytes, and copies the rest.
 
-    Not from NumPy, which asks for huge pages: finding them took 5 of the 7 s of CPU time in which 2 GB were loaded (two
-    cores of a virtual machine, 2026-11-24).
+    Not from NumPy, which asks for huge pages: finding them takes most of the time of loading.
     """
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, dtype).reshape(shape)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxengine.bench.floor import decode_bytes, tokens_seen
+from jaxengine.kv_cache.groups import PageGroup, most_pages, page_groups
 from jaxengine.plan.targets import Chip
 
 if TYPE_CHECKING:
@@ -60,12 +61,13 @@ class Plan:
     """What a model needs on each device of a target.
 
     Attributes:
-        weight_bytes, page_bytes: Of weights, and of one page of all layers, on one device.
-        memory_bytes: What the engine may use of a device.
+        weight_bytes, page_bytes: Of weights, and of one page, on one device.
+        memory_bytes: What the engine may use of a device, states of layers left out.
         context: Tokens of every sequence that `read_bytes` and `flops` of steps assume.
         sampler_bytes: What the largest sampler needs beside the step's.
         sampler_collectives: Its collectives, as in `StepPlan`.
-        num_pages: Pages that fit beside the weights and the largest temporaries; 0 if nothing fits.
+        groups: The cache groups: tokens of a page, and window.
+        num_pages: Pages that fit beside the weights, states and the largest temporaries; 0 if nothing fits.
     """
 
     target: str
@@ -78,6 +80,7 @@ class Plan:
     weight_bytes: int
     page_bytes: int
     memory_bytes: int
+    groups: tuple[PageGroup, ...]
     sampler_bytes: int = 0
     sampler_collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_pages: int = 0
@@ -89,8 +92,8 @@ class Plan:
         return max(step.temporary_bytes for step in self.steps) + self.sampler_bytes
 
     def num_sequences(self, num_tokens: int) -> int:
-        """Sequences of so many tokens that the pages hold."""
-        return self.num_pages // -(-num_tokens // self.block_size)
+        """Sequences of so many tokens that the pages hold while they decode."""
+        return self.num_pages // most_pages(self.groups, num_tokens, 1)
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
@@ -162,7 +165,7 @@ def _empty_plan(
     config: EngineConfig, target: str, devices: list[Any], chip: Chip, context: int, weight_bytes: int
 ) -> Plan:
     """A plan before anything is compiled."""
-    from jaxengine.runner.memory import page_bytes
+    from jaxengine.runner.memory import page_bytes, state_bytes
 
     return Plan(
         target=target,
@@ -174,7 +177,8 @@ def _empty_plan(
         context=context,
         weight_bytes=weight_bytes,
         page_bytes=page_bytes(config),
-        memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization),
+        memory_bytes=int(chip.memory_bytes * config.gpu_memory_utilization) - state_bytes(config),
+        groups=page_groups(config),
     )
 
 

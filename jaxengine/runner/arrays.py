@@ -36,7 +36,7 @@ class StepArrays:
         self.config, self.place = config, place
         self.vocab_size = config.model.vocab_size
         self.num_mask_words = -(-self.vocab_size // 32)
-        self._num_caches = 1 if is_stacked else config.model.num_layers
+        self._is_stacked = is_stacked
 
     def per_shard(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         """What every shard has so much of, one part after the other."""
@@ -64,13 +64,18 @@ class StepArrays:
 
     def make_caches(self, num_pages: int) -> StepCaches:
         """The layers' caches of so many pages a shard, and the workspace of sums over devices, if a step has any."""
-        config, place = self.config, self.place
-        num_pages = place.num_shards * num_pages * config.model.num_layers // self._num_caches
-        where: dict[str, Any] = {"num_devices": place.size, "sharding": place.heads_sharding()}
-        layers = [
-            make_cache(config.attention, num_pages, config.attention_backend, **where) for _ in range(self._num_caches)
+        config, place, layout = self.config, self.place, self.config.model.cache_layout
+        num_pages, num_arrays = place.num_shards * num_pages, layout.num_arrays
+        if self._is_stacked:
+            num_pages, num_arrays = num_pages * num_arrays, 1
+        sharding, spec = place.heads_sharding(), layout.groups[0].attention(config.attention, place.size)
+        where: dict[str, Any] = {"num_devices": place.size, "sharding": sharding}
+        layers = [make_cache(spec, num_pages, config.attention_backend, **where) for _ in range(num_arrays)]
+        num_slots = place.num_shards * config.scheduler.max_num_seqs
+        layers += [
+            tuple(jnp.zeros((num_slots, *shape), dtype, device=sharding) for shape, dtype in state.shapes)
+            for state in layout.states
         ]
-        sharding = place.heads_sharding()
         if sharding is None or not self.sums_over_peers(1):
             return StepCaches(layers)
         return StepCaches(layers, make_workspace(place.size, config.model.hidden_size, config.dtype, sharding))

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxengine.models.step import SlotRows
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata
 from jaxengine.runner.buckets import Bucket
+from jaxengine.runner.page_tables import PageTables
 from jaxengine.sampling.filters import FEW
 from jaxengine.sampling.sampler import GREEDY, Feature, SamplingRows
 from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
@@ -18,6 +20,7 @@ from jaxengine.scheduler.batch import ScheduledBatch, ScheduledSequence
 INT_FIELDS = ("slot", "samples", "features", "processors", "seed", "position", "top_k")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 ALL_BUT_MIN_TOKENS = ~Feature.MIN_TOKENS.value
+NO_SLOT = 2**31 - 1
 
 
 class StepInputs(NamedTuple):
@@ -27,12 +30,16 @@ class StepInputs(NamedTuple):
         token_ids: i32[T], -1 where the token is the one sampled last in the sequence's slot.
         positions: i32[T].
         last_rows: i32[S], row of each sequence's last token.
+        attention: Of each cache group.
+        slots: Of layers with states.
+        rows: The sampler's part.
     """
 
     token_ids: jax.Array
     positions: jax.Array
     last_rows: jax.Array
-    meta: AttentionMetadata
+    attention: tuple[AttentionMetadata, ...]
+    slots: SlotRows
     rows: SamplingRows
 
 
@@ -88,9 +95,10 @@ class PackedLayout(_Layout):
         rows: The layout of the sampler's part, which begins at `rows_start`.
     """
 
-    def __init__(self, bucket: Bucket, table_width: int, attention_backend: str = "reference"):
+    def __init__(self, bucket: Bucket, tables: PageTables, attention_backend: str = "reference"):
         num_tokens, num_seqs = bucket.num_tokens, bucket.num_seqs
         self.bucket = bucket
+        self.tables = tables.of_bucket(bucket)
         self.attention_backend = attention_backend
         super().__init__(
             {
@@ -99,10 +107,11 @@ class PackedLayout(_Layout):
                 "last_rows": (num_seqs,),
                 "kv_lens": (num_seqs,),
                 "query_starts": (num_seqs + 1,),
-                "page_table": (num_seqs, table_width),
                 "num_seqs": (),
                 "num_decodes": (),
             }
+            | {table.name: (num_seqs, table.width) for table in self.tables}
+            | {table.first_token: (num_seqs,) for table in self.tables if table.first_token}
         )
         self.rows_start = self.size
         self.rows = RowLayout(num_seqs)
@@ -119,26 +128,34 @@ class PackedLayout(_Layout):
     def unpack(self, packed: jax.Array) -> StepInputs:
         """The fields on the device; runs inside the step."""
         fields = self.fields(packed)
-        meta = AttentionMetadata(
-            fields["kv_lens"],
-            fields["query_starts"],
-            fields["page_table"],
-            fields["num_seqs"],
-            fields["num_decodes"],
-            implementation=self.attention_backend,
-            max_query_len=1 if self.bucket.decode_only else None,
+        attention = tuple(
+            AttentionMetadata(
+                # Of a table that begins later, so does the sequence.
+                fields["kv_lens"] - fields[table.first_token] if table.first_token else fields["kv_lens"],
+                fields["query_starts"],
+                fields[table.name],
+                fields["num_seqs"],
+                fields["num_decodes"],
+                implementation=self.attention_backend,
+                max_query_len=1 if self.bucket.decode_only else None,
+            )
+            for table in self.tables
         )
         rows = self.rows.unpack(packed[self.rows_start :])
-        return StepInputs(fields["token_ids"], fields["positions"], fields["last_rows"], meta, rows)
+        is_real = jnp.arange(self.bucket.num_seqs) < fields["num_seqs"]
+        starts = fields["kv_lens"] - jnp.diff(fields["query_starts"])
+        slots = SlotRows(jnp.where(is_real, rows.slot, NO_SLOT), starts, fields["query_starts"])
+        return StepInputs(fields["token_ids"], fields["positions"], fields["last_rows"], attention, slots, rows)
 
 
 class SlotTable:
     """What the host knows of each slot and does not change from step to step: page ids and sampling parameters."""
 
-    def __init__(self, num_slots: int, table_width: int, vocab_size: int):
+    def __init__(self, num_slots: int, tables: PageTables, vocab_size: int):
         self.vocab_size = vocab_size
-        self.page_table = np.zeros((num_slots, table_width), np.int32)
-        self.num_pages = [0] * num_slots  # read one by one for each step, which lists are made for
+        self.page_tables = [np.zeros((num_slots, width), np.int32) for width in tables.full_widths]
+        # Of each group and slot; read one by one for each step, which lists are made for.
+        self.num_pages = [[0] * num_slots for _ in self.page_tables]
         self._layout = RowLayout(num_slots)
         self._rows = np.zeros(self._layout.size, np.int32)
         self.min_tokens = np.zeros(num_slots, np.int32)
@@ -146,7 +163,8 @@ class SlotTable:
     def take(self, sequence: ScheduledSequence, seed: int, processors: int) -> Feature:
         """Fills a slot for the request that has taken it; returns the request's features."""
         params, slot = sequence.request.sampling_params, sequence.slot
-        self.num_pages[slot] = 0
+        for num_pages in self.num_pages:
+            num_pages[slot] = 0
         self.min_tokens[slot] = params.min_tokens
         features = request_features(params)
         values = dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, 0) | {
@@ -173,13 +191,14 @@ class SlotTable:
 
     def update_pages(self, sequences: Sequence[ScheduledSequence]) -> None:
         """Notes the pages that sequences have gained."""
-        num_pages = self.num_pages
-        for sequence in sequences:
-            slot, page_ids = sequence.slot, sequence.page_ids
-            known = num_pages[slot]
-            if len(page_ids) > known:
-                self.page_table[slot, known : len(page_ids)] = page_ids[known:]
-                num_pages[slot] = len(page_ids)
+        for group, table in enumerate(self.page_tables):
+            num_pages = self.num_pages[group]
+            for sequence in sequences:
+                slot, own = sequence.slot, sequence.page_ids[group]
+                known = num_pages[slot]
+                if len(own) > known:
+                    table[slot, known : len(own)] = own[known:]
+                    num_pages[slot] = len(own)
 
 
 def request_features(params) -> Feature:
@@ -209,8 +228,10 @@ def request_features(params) -> Feature:
 
 
 def order_rows(batch: ScheduledBatch) -> list[int]:
-    """Rows of the step, as indices of `batch.sequences`: decodes by length, since attention on CPU takes them in groups
-    that cost as much as their longest member."""
+    """Returns the rows of the step, as indices of `batch.sequences`.
+
+    Decodes come by length, since attention on CPU takes them in groups that cost as much as their longest member.
+    """
     starts = [s.start for s in batch.sequences[: batch.num_decodes]]
     return [*sorted(range(batch.num_decodes), key=starts.__getitem__), *range(batch.num_decodes, len(batch.sequences))]
 
@@ -235,6 +256,7 @@ def pack(
         views["temperature"][len(order) :] = 1
         if order:
             _pack_one(batch, order, views, layout.rows.table(part[layout.rows_start :]), slots)
+            _pack_pages(batch, order, views, layout, slots)
     return buffer.reshape(-1)
 
 
@@ -272,7 +294,6 @@ def _pack_one(
     lengths = np.array([s.num_new_tokens for s in sequences])
     starts = np.array([s.start for s in sequences])
     ends = np.cumsum(lengths)
-    slots.update_pages(sequences)
 
     token_ids, positions = views["token_ids"], views["positions"]
     token_ids[:num_decodes] = [
@@ -287,8 +308,6 @@ def _pack_one(
     views["kv_lens"][:num_seqs] = starts + lengths
     views["query_starts"][1 : num_seqs + 1] = ends
     views["query_starts"][num_seqs + 1 :] = ends[-1]
-    num_pages = max(len(s.page_ids) for s in sequences)
-    views["page_table"][:num_seqs, :num_pages] = slots.page_table[slot_ids, :num_pages]
     views["num_seqs"][...] = num_seqs
     views["num_decodes"][...] = num_decodes
     views["last_rows"][:num_seqs] = ends - 1
@@ -300,6 +319,24 @@ def _pack_one(
     features = views["features"][:num_seqs]
     features[outputs >= slots.min_tokens[slot_ids]] &= ALL_BUT_MIN_TOKENS
     features[~samples] = 0
+
+
+def _pack_pages(
+    batch: ScheduledBatch, order: list[int], views: dict[str, np.ndarray], layout: PackedLayout, slots: SlotTable
+) -> None:
+    """Fills the page tables of one shard's batch, which are zero."""
+    sequences = [batch.sequences[i] for i in order]
+    slots.update_pages(sequences)
+    slot_ids, num_seqs = np.array([s.slot for s in sequences]), len(sequences)
+    for group, (table, source) in enumerate(zip(layout.tables, slots.page_tables, strict=True)):
+        num_pages = max(len(s.page_ids[group]) for s in sequences)
+        if not table.first_token:
+            views[table.name][:num_seqs, :num_pages] = source[slot_ids, :num_pages]
+            continue
+        first = table.first_pages(np.array([s.start for s in sequences]))
+        views[table.first_token][:num_seqs] = first * table.group.page_size
+        columns = np.minimum(first[:, None] + np.arange(table.width), source.shape[1] - 1)
+        views[table.name][:num_seqs] = source[slot_ids[:, None], columns]
 
 
 def prompt_targets(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxengine.config import EngineConfig
+from jaxengine.kv_cache.groups import most_pages, most_tokens, page_groups
+from jaxengine.models.cache import own_shape
 from jaxengine.pallas_kernels.ragged_paged_attention import cache_shapes
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,9 @@ def reserve_small_blocks(put: Callable[[np.ndarray], jax.Array], largest: int) -
     """Reserves blocks for a step's inputs and tokens on a GPU, so that they are never where its temporaries were.
 
     A step is a CUDA graph that has the addresses of its arrays in it. XLA writes those of its parts anew whose arrays
-    are elsewhere than in the step before: for the inputs 0.05 ms on the host, for the temporaries, which all parts
-    use, 0.5 to 0.9 ms with Qwen3-0.6B (H200, jax 0.11.2, 2026-11-26). Temporaries are freed once a step is on its way
-    and allocated again for the next, and any small array that comes or goes between shifts them. JAX's allocator takes
+    are elsewhere than in the step before: cheap for the inputs, as long as half a small model's step for the
+    temporaries, which all parts use. Temporaries are freed once a step is on its way and allocated again for the next,
+    and any small array that comes or goes between shifts them. JAX's allocator takes
     the smallest free block that an array fits into: so there are blocks of each power of two, with arrays between that
     keep them from growing together.
 
@@ -98,9 +100,28 @@ def reserve_small_blocks(put: Callable[[np.ndarray], jax.Array], largest: int) -
 
 
 def page_bytes(config: EngineConfig) -> int:
-    """Bytes of one page: keys and values of all layers."""
-    shapes = cache_shapes(config.attention, 1, config.attention_backend)
-    return config.model.num_layers * sum(map(math.prod, shapes)) * jnp.dtype(config.kv_cache_dtype).itemsize
+    """Bytes of one page on a device: keys and values of as many layers as a cache group has.
+
+    Raises:
+        ValueError: Pages of two groups differ in size, since the backend fills up their heads.
+    """
+    layout = config.model.cache_layout
+    size, backend = config.model.tensor_parallel_size, config.attention_backend
+    first, *others = (cache_shapes(g.attention(config.attention, size), 1, backend) for g in layout.groups)
+    for group, shapes in zip(layout.groups[1:], others, strict=True):
+        if shapes != tuple(own_shape(shape, layout.groups[0], group) for shape in first):
+            raise ValueError(
+                f"attention_backend={backend!r} cannot keep heads of {group.spec.head_dim} and of "
+                f"{layout.groups[0].spec.head_dim} in the same pages"
+            )
+    return layout.num_arrays * sum(map(math.prod, first)) * jnp.dtype(config.kv_cache_dtype).itemsize
+
+
+def state_bytes(config: EngineConfig) -> int:
+    """Bytes of the states of all slots on a device."""
+    shapes = [array for state in config.model.cache_layout.states for array in state.shapes]
+    row = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes)
+    return config.scheduler.max_num_seqs * row // config.model.tensor_parallel_size
 
 
 def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | None, bytes_in_use: int = 0) -> int:
@@ -122,16 +143,26 @@ def num_pages_that_fit(config: EngineConfig, step_bytes: Callable[[], int] | Non
             raise ValueError(
                 f"kv_cache_memory_bytes={available}: the device has {total} bytes ({total / 2**30:.1f} GiB) in all"
             )
-    num_pages = available // page_bytes(config)
-    needed = -(-config.scheduler.max_model_len // config.block_size)
+    available -= state_bytes(config)
+    num_pages = max(available // page_bytes(config), 0)
+    longest, num_step_tokens = config.scheduler.max_model_len, config.scheduler.max_num_batched_tokens
+    needed = most_pages(page_groups(config), longest, num_step_tokens)
     if num_pages < needed:
         raise ValueError(
-            f"the KV cache has room for {max(num_pages, 0) * config.block_size} tokens "
-            f"({available / 2**20:.0f} MiB), less than max_model_len={config.scheduler.max_model_len} "
+            f"the KV cache has room for {most_tokens(page_groups(config), num_pages, num_step_tokens)} tokens "
+            f"({available / 2**20:.0f} MiB), less than max_model_len={longest} "
             f"({needed * page_bytes(config) / 2**20:.0f} MiB): lower max_model_len, or raise kv_cache_memory_bytes "
             "or gpu_memory_utilization"
         )
     return num_pages
+
+
+def max_tokens_on_cpu(config: EngineConfig) -> int:
+    """Length of the longest sequence that a CPU's cache holds, up to `max_model_len`."""
+    available = config.kv_cache_memory_bytes or CPU_CACHE_BYTES
+    num_pages = max((available - state_bytes(config)) // page_bytes(config), 0)
+    scheduler = config.scheduler
+    return most_tokens(page_groups(config), num_pages, scheduler.max_num_batched_tokens, scheduler.max_model_len)
 
 
 def _total_bytes(platform: str) -> int | None:

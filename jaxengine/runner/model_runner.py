@@ -56,7 +56,7 @@ class ModelRunner:
         self._leaves: list[jax.Array] | None = None
         self._offloaded: list[np.ndarray] | None = None
         self._slots = [
-            SlotTable(self.config.scheduler.max_num_seqs, context.table_width, self.config.model.vocab_size)
+            SlotTable(self.config.scheduler.max_num_seqs, context.tables, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
         self._caches: StepCaches | None = None
@@ -285,6 +285,7 @@ class ModelRunner:
 
     @property
     def is_sleeping(self) -> bool:
+        """Whether weights and cache have been given back."""
         return self._leaves is None
 
     def wake_up(self, reload_model) -> None:

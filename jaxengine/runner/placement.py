@@ -38,6 +38,7 @@ class Placement:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def replicated(self) -> NamedSharding | None:
+        """Returns the sharding of what all devices have; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def shards_sharding(self) -> NamedSharding | None:

@@ -14,7 +14,6 @@ from jax import lax
 
 from jaxengine.models.step import ModelInputs, StepContext
 from jaxengine.pallas_kernels.all_reduce import Workspace
-from jaxengine.pallas_kernels.ragged_paged_attention import KVCache
 from jaxengine.runner.input_batch import PackedLayout, RowLayout
 from jaxengine.sampling.logprobs import Logprobs, gather_logprobs
 from jaxengine.sampling.sampler import Feature, LogitsProcessor, greedy, record_last, sample
@@ -27,11 +26,11 @@ class StepCaches(NamedTuple):
     """What the layers keep on the device from step to step.
 
     Attributes:
-        layers: One cache for each layer; a single one for stacked layers.
+        layers: The model's caches (`CacheLayout`); a single one for stacked layers.
         workspace: Of sums over the devices that share the model, if any step adds up so.
     """
 
-    layers: list[KVCache]
+    layers: list[tuple[jax.Array, ...]]
     workspace: Workspace | None = None
 
 
@@ -61,6 +60,7 @@ class FlatModel:
         return [by_variable[id(variable)] for variable in variables]
 
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
+        """Returns the model with these leaves."""
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))
 
 
@@ -95,8 +95,7 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
         # Not `.at[:num_seqs].set`, which crashes jaxlib 0.11.2 under `shard_map` over the data axis.
         token_ids = jnp.concatenate([first, inputs.token_ids[num_seqs:]])
         workspace = jax.tree.map(jax.new_ref, caches.workspace) if sums_over_peers else None
-        # All cache groups still have the same pages.
-        step = StepContext((inputs.meta,) * len(lm.config.cache_groups), workspace=workspace)
+        step = StepContext(inputs.attention, inputs.slots, workspace=workspace)
         hidden, _, layers = lm(ModelInputs(token_ids, inputs.positions), caches.layers, step)  # [T, D]
         caches = StepCaches(layers, jax.tree.map(jax.freeze, workspace) if sums_over_peers else caches.workspace)
         logits = lm.compute_logits(hidden[inputs.last_rows])  # f32[S, V]
@@ -110,8 +109,6 @@ def make_repeat(forward: Callable[..., Any], sampler: Callable[..., Any] | None,
     """A decode step that is run several times in one call.
 
     Unrolled it would be no faster, for the host launches as many kernels; as a loop it is compiled as fast as one step.
-    Qwen3-0.6B's step of one sequence takes 1.08 ms so instead of 1.2 to 1.9 (H100, 2026-11-26; the host's 1.6 a call
-    of four).
 
     Args:
         forward: As `make_forward` makes it.

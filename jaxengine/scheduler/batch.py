@@ -21,8 +21,9 @@ class ScheduledSequence:
         slot: Row of the device state that belongs to the request.
         new_in_slot: First step since the request took the slot: the row must be initialised.
         token_on_device: The one input token is the pending one: it is read from the device state, not from the host.
-        page_ids: Pages covering all tokens that the batch's steps compute. The request's live list: it may grow when
-            the next batch is scheduled, but entries never change.
+        page_ids: Of each cache group, pages covering all tokens that the batch's steps compute. The request's live
+            lists: they may grow when the next batch is scheduled, but entries never change. Those of pages that none of
+            the new tokens sees mean nothing.
         num_output_tokens: Output tokens, known and pending, before this step samples.
     """
 
@@ -33,7 +34,7 @@ class ScheduledSequence:
     slot: int
     new_in_slot: bool
     token_on_device: bool
-    page_ids: Sequence[int]
+    page_ids: Sequence[Sequence[int]]
     num_output_tokens: int
 
 

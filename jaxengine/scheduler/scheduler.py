@@ -22,7 +22,7 @@ from jaxengine.scheduler.policy import RequestQueue, sort_key
 
 if TYPE_CHECKING:
     from jaxengine.config import SchedulerConfig
-    from jaxengine.kv_cache.manager import KVCacheManager
+    from jaxengine.kv_cache.manager import CachedPrefix, KVCacheManager
 
 
 @dataclass(slots=True)
@@ -44,8 +44,9 @@ class Scheduler:
     """Continuous batching with chunked prefill, preemption by recomputation, and one step of run-ahead.
 
     Every unfinished request is in one of two queues, both in the policy's order. Running requests hold a slot, and
-    pages: for all their known tokens from the start, and one more whenever decoding needs it. When pages run out, the
-    last running request gives its own back and waits; the first one can always go on, so every request finishes.
+    pages: for all their known tokens from the start, and one more whenever decoding needs it; in layers with a window
+    for what a step sees. When pages run out, the last running request gives its own back and waits; the first one can
+    always go on, so every request finishes.
     """
 
     def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager) -> None:
@@ -60,6 +61,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
+        """Requests that hold a slot."""
         return len(self._running)
 
     @property
@@ -68,6 +70,7 @@ class Scheduler:
         return len(self._waiting)
 
     def has_unfinished_requests(self) -> bool:
+        """Returns whether any request waits or runs."""
         return bool(self._requests)
 
     def has_request(self, request_id: str) -> bool:
@@ -84,7 +87,7 @@ class Scheduler:
             ValueError: The id is in use, or there is no room for the prompt and one output token.
         """
         name, prompt_len = f"request {request.request_id!r}", request.num_prompt_tokens
-        capacity = self.kv_cache.num_pages * self.kv_cache.block_size
+        capacity = self.kv_cache.max_tokens
         if self.has_request(request.request_id):
             raise ValueError(f"request_id={request.request_id!r}: already in use by an unfinished request")
         if request.status is not RequestStatus.WAITING:
@@ -135,15 +138,18 @@ class Scheduler:
         return request
 
     def may_repeat(self, num_steps: int, max_tokens: int | None = None) -> bool:
-        """Whether the next step can be planned to run so many times: all requests decode, none waits, there are pages,
-        and nothing has to look at a token before the next is sampled.
+        """Returns whether the next step can be planned to run so many times.
+
+        It can if all requests decode, none waits, there are pages, and nothing has to look at a token before the next
+        is sampled.
 
         Args:
             num_steps: At most `block_size`.
             max_tokens: As for `schedule`.
         """
         num_running = len(self._running)
-        if self._waiting or num_running > min(self._budget(max_tokens), self.kv_cache.num_free_pages):
+        num_pages = num_running * len(self.kv_cache.groups)
+        if self._waiting or num_running > self._budget(max_tokens) or num_pages > self.kv_cache.num_free_pages:
             return False
         return num_steps <= self.kv_cache.block_size and all(
             len(r.all_token_ids) + r.num_pending_tokens - r.num_computed_tokens <= 1
@@ -190,17 +196,22 @@ class Scheduler:
                 step.add(request, 1)
         for request in prefills:
             num_new = self._chunk_len(request.num_tokens - request.num_computed_tokens, step.budget)
-            if num_new > 0 and request.status is RequestStatus.RUNNING:  # not preempted for a decode
-                step.add(request, num_new)  # its pages were allocated on admission
+            if num_new <= 0 or request.status is not RequestStatus.RUNNING:  # preempted for another
+                continue
+            # Groups without a window have had their pages since it was admitted.
+            end = request.num_computed_tokens + num_new
+            if self.kv_cache.allocate(request, end) or self._make_room(step, request, end):
+                step.add(request, num_new)
 
     def _plan_waiting(self, step: _Step) -> None:
         while self._waiting and self._free_slots and step.budget > 0:
             request = self._waiting[0]
             if request.num_pending_tokens > 0 or (step.has_preempted and request.status is RequestStatus.PREEMPTED):
                 return  # its last token is not known yet; or it may have been preempted in this very step
-            pages, num_cached = self.kv_cache.get_computed_pages(request)
+            computed = self.kv_cache.get_computed_pages(request)
+            num_cached = computed.num_tokens
             num_new = self._chunk_len(request.num_tokens - num_cached, step.budget)
-            if num_new == 0 or not self._allocate_waiting(step, request, pages):
+            if num_new == 0 or not self._allocate_waiting(step, request, num_cached + num_new, computed):
                 return  # those behind it must not overtake it, or it might never find room
             self._waiting.discard(request)
             self._running.add(request)
@@ -220,7 +231,7 @@ class Scheduler:
         return min(num_tokens, budget, self.config.long_prefill_token_threshold or num_tokens)
 
     def _make_room(self, step: _Step, request: Request, num_tokens: int) -> bool:
-        """Takes pages from the last running requests for a decode. False if that preempts the decode itself."""
+        """Takes pages from the last running requests for a running one. False if that preempts this one itself."""
         while True:
             victim = self._running[-1]
             self._preempt(step, victim)
@@ -229,20 +240,21 @@ class Scheduler:
             if self.kv_cache.allocate(request, num_tokens):
                 return True
 
-    def _allocate_waiting(self, step: _Step, request: Request, computed_pages: list[int]) -> bool:
-        """Gets a waiting request pages for all its tokens, if need be from requests of lower priority."""
-        num_tokens = request.num_tokens  # not only the first chunk's: two half-done prompts could block each other
-        if self.kv_cache.allocate(request, num_tokens, computed_pages):
+    def _allocate_waiting(self, step: _Step, request: Request, num_tokens: int, computed: CachedPrefix) -> bool:
+        """Gets a waiting request pages for its first `num_tokens`, if need be from requests of lower priority."""
+        # Of all its tokens where they stay: else half-done prompts would take pages from each other.
+        args = request, num_tokens, request.num_tokens, computed
+        if self.kv_cache.allocate(*args):
             return True
         if self.config.policy != "priority":
             return False
         lower = [other for other in self._running if other.priority > request.priority]
-        num_reclaimable = sum(len(other.page_ids) for other in lower)
-        if (self.kv_cache.num_free_pages + num_reclaimable) * self.kv_cache.block_size < num_tokens:
+        num_reclaimable = sum(map(self.kv_cache.num_held_pages, lower))
+        if self.kv_cache.num_free_pages + num_reclaimable < self.kv_cache.most_pages(request.num_tokens):
             return False  # in vain
         while lower:
             self._preempt(step, lower.pop())
-            if self.kv_cache.allocate(request, num_tokens, computed_pages):
+            if self.kv_cache.allocate(*args):
                 return True
         return False
 

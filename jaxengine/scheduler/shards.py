@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxengine.kv_cache.groups import page_groups
 from jaxengine.kv_cache.manager import KVCacheManager
 from jaxengine.scheduler.batch import ScheduledBatch
 from jaxengine.scheduler.scheduler import Scheduler
@@ -33,18 +34,22 @@ class ShardedScheduler:
 
     @property
     def config(self) -> SchedulerConfig:
+        """The configuration, which all shards share."""
         return self.shards[0].config
 
     @property
     def num_running(self) -> int:
+        """Requests that hold a slot, of all shards."""
         return sum(shard.num_running for shard in self.shards)
 
     @property
     def num_waiting(self) -> int:
+        """Requests that wait, of all shards."""
         return sum(shard.num_waiting for shard in self.shards)
 
     @property
     def num_preemptions(self) -> int:
+        """Preemptions so far, of all shards."""
         return sum(shard.num_preemptions for shard in self.shards)
 
     @property
@@ -63,6 +68,7 @@ class ShardedScheduler:
         return sum(shard.kv_cache.usage for shard in self.shards) / len(self.shards)
 
     def has_unfinished_requests(self) -> bool:
+        """Returns whether any request of any shard waits or runs."""
         return any(shard.has_unfinished_requests() for shard in self.shards)
 
     def add_request(self, request: Request) -> None:
@@ -118,15 +124,15 @@ class ShardedScheduler:
     def _cost(self, index: int, request: Request) -> tuple[float, int]:
         """Sort key: the load that counts, and among equals what the shard was given so far."""
         shard = self.shards[index]
-        _, num_cached = shard.kv_cache.get_computed_pages(request)
-        share = num_cached / max(request.num_prompt_tokens, 1)
+        share = shard.kv_cache.get_computed_pages(request).num_tokens / max(request.num_prompt_tokens, 1)
         return shard.num_running + shard.num_waiting - AFFINITY * share, self._num_tokens_given[index]
 
 
 def make_scheduler(config: EngineConfig, num_pages: int) -> ShardedScheduler:
     """The scheduler of an engine whose shards have so many pages each."""
+    groups, most = page_groups(config), config.scheduler.max_num_batched_tokens
     caches = [
-        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching)
+        KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching, groups, most)
         for _ in range(config.data_parallel_size)
     ]
     return ShardedScheduler([Scheduler(config.scheduler, cache) for cache in caches])

@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale
         self.soft_cap = config.attention_soft_cap
         self.window = config.window(layer)
-        self.group, self.rotation = config.cache_group(layer), config.rotation(layer)
+        self.rotation = config.rotation(layer)
         self.qk_norm = config.qk_norm
         q, k, v = (
             Part(name, num_heads * self.head_dim, self.head_dim, units)
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         if step.segment_ids is not None:
             out = causal_attention(*self._heads(qkv, rope), step.segment_ids, **options)
         else:
-            out, cache = self._attend(qkv, rope, cache, step.attention[self.group], options)
+            out, cache = self._attend(qkv, rope, cache, step.attention[0], options)
         return self.o_proj(out.reshape(x.shape[0], -1), step, allow_partial=allow_partial), cache
 
     def _attend(

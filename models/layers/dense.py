@@ -17,17 +17,14 @@ CONVERTED_BYTES = 8 * 2**20
 """Larger weights of another dtype than the activations' are converted in parts that stay in a CPU's cache."""
 CHUNK, MAX_CHUNKS, MIN_CHUNKED = 64, 24, 256
 """Width of the chunks in which a CPU takes a 16-bit weight for one row, and their number, beyond which they widen; the
-columns from which that is worth it. SmolLM2's layers in float32, 2 AVX2 cores, jax 0.12, 2026-11-27: 14.8 ms with 64
-columns, 15 to 21 with 16, 32, 48, 96 or 192, and 27 to 36 as a product of a converted copy. In bfloat16 on 2 busy cores
-with AMX, jax 0.11.2: 28 to 31, and 42 as XLA's product."""
+columns from which that is worth it."""
 FEW_ROWS_OF_CPU = 64
 """Up to here CPUs take the weight as the first operand in float32: the library packs the second, which then is the
-smaller one. SmolLM2's layers as above, ms for 2, 4, 8, 16, 32 and 64 rows: 22, 24, 30, 40, 65 and 115, against 39, 34,
-47, 58, 88 and 126 with the weight second; 96 rows are as fast either way, more are slower."""
+smaller one."""
 MANY_ROWS = 256
-"""From here on a product is asked for in the dtype it is wanted in: asked for in float32, a GPU's library wrote it so
-and another kernel rounded it (86 us after 715 for 2048 x 4096 x 28672; H200, jax 0.11.2, 2026-11-24). With few rows XLA
-sums parts of a product in a kernel of their own, which also rounds."""
+"""From here on a product is asked for in the dtype it is wanted in: asked for in float32, a GPU's library writes
+it so and another kernel rounds it. With few rows XLA sums parts of a product in a kernel of their own, which also
+rounds."""
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
@@ -125,6 +122,7 @@ class DenseMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """`(out, in)`."""
         return self.weight.shape
 
     def multiply(self, x: jax.Array, out_dtype: DTypeLike | None = None, *, allow_kernel: bool = False) -> jax.Array:

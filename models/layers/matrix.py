@@ -27,7 +27,9 @@ class Matrix(Protocol):
     """A matrix `[out, in]` as a step sees it: a pytree of the arrays that it is made of."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """`(out, in)`, or of several `(experts, out, in)`."""
+        ...
 
     def multiply(self, x: jax.Array, out_dtype: DTypeLike | None = None, *, allow_kernel: bool = False) -> jax.Array:
         """Returns the product `x @ matrix.T`, summed in float32.

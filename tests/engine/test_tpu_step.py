@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxengine.kv_cache import PageGroup
 from jaxengine.loading.shapes import model_configs
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes
 from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout
+from jaxengine.runner.page_tables import PageTables
 from jaxengine.runner.steps import FlatModel, StepCaches, make_forward
 
 CONFIG = model_configs()["llama-3.2-1b"]
@@ -34,7 +36,7 @@ def compile_step(bucket: Bucket, topology: str) -> dict[str, Any]:
     config = ModelConfig.from_hf(json.loads(CONFIG.read_text()) | {"num_hidden_layers": 2})
     config = dataclasses.replace(config, max_model_len=TABLE_WIDTH * PAGE_SIZE)
     flat = FlatModel(abstract_model(config, "bfloat16"))
-    layout = PackedLayout(bucket, TABLE_WIDTH, "mosaic_tpu")
+    layout = PackedLayout(bucket, PageTables([PageGroup(PAGE_SIZE)], TABLE_WIDTH * PAGE_SIZE), "mosaic_tpu")
     spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, PAGE_SIZE, "bfloat16", "bfloat16")
     shapes = cache_shapes(spec, NUM_PAGES, "mosaic_tpu")
     layer: Any = tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)

@@ -19,7 +19,7 @@ from jaxengine.models.step import ModelInputs, ModelOutputs, StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, AttentionSpec, make_cache
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-NUM_TOKENS, NUM_PAGES, PAGE_SIZE = 11, 4, 8
+NUM_TOKENS, NUM_PAGES, PAGE_SIZE = 11, 8, 8
 
 
 def make_model(architecture: str, *, num_layers: int = 3, taps: tuple[int, ...] = ()) -> CausalLM:
@@ -37,10 +37,13 @@ def make_inputs(**fields: Any) -> ModelInputs:
 
 
 def make_step(model: CausalLM) -> StepContext:
-    """Of one sequence on pages 0 and 1."""
-    numbers = [NUM_TOKENS], [0, NUM_TOKENS], [[0, 1]], 1, 0
-    meta = AttentionMetadata(*(jnp.asarray(x, jnp.int32) for x in numbers))  # pyright: ignore[reportArgumentType]
-    return StepContext((meta,) * len(model.config.cache_groups))
+    """Of one sequence on two pages of each group."""
+
+    def attention(group: int) -> AttentionMetadata:
+        numbers = [NUM_TOKENS], [0, NUM_TOKENS], [[2 * group, 2 * group + 1]], 1, 0
+        return AttentionMetadata(*(jnp.asarray(x, jnp.int32) for x in numbers))  # pyright: ignore[reportArgumentType]
+
+    return StepContext(tuple(map(attention, range(len(model.config.cache_layout.groups)))))
 
 
 def make_caches(model: CausalLM, num_caches: int) -> list[Any]:
@@ -51,7 +54,7 @@ def make_caches(model: CausalLM, num_caches: int) -> list[Any]:
 
 def run(model: CausalLM, inputs: ModelInputs) -> ModelOutputs:
     """One step with caches, of stacked layers or not."""
-    num_caches = model.config.num_layers if isinstance(model.layers, nnx.List) else 1
+    num_caches = model.config.cache_layout.num_arrays if isinstance(model.layers, nnx.List) else 1
     return nnx.jit(CausalLM.__call__)(model, inputs, make_caches(model, num_caches), make_step(model))
 
 
@@ -135,9 +138,8 @@ def test_vectors_that_do_not_fit_are_refused():
 
 def test_layers_with_the_same_window_share_pages_and_plan():
     llama, gemma = make_model("LlamaForCausalLM").config, make_model("Gemma2ForCausalLM").config
-    assert llama.cache_groups == (None,)
-    assert gemma.cache_groups == (4096, None)
-    assert [gemma.cache_group(layer) for layer in range(3)] == [0, 1, 0]
-    assert [gemma.first_layer(group) for group in range(2)] == [0, 1]
+    assert [group.spec.window for group in llama.cache_layout.groups] == [None]
+    assert [group.spec.window for group in gemma.cache_layout.groups] == [4096, None, 4096]
+    assert gemma.cache_layout.group_of == (0, 1, 2)  # one array: two would be half empty
     assert [gemma.rotation(layer) for layer in range(3)] == [0, 0, 0]
     assert make_model("GPT2LMHeadModel").config.rotations == ()

@@ -36,11 +36,14 @@ class Runner:
         self.token_ids = token_ids
         graphdef, state = nnx.split(model)
         self.leaves, treedef = jax.tree.flatten(state)
-        self.caches = [make_cache(_spec(config, "float32"), 1 + PAGE_TABLE.size) for _ in range(config.num_layers)]
+        layout = config.cache_layout
+        num_pages = len(layout.groups) * (1 + PAGE_TABLE.size)
+        self.caches = [make_cache(_spec(config, "float32"), num_pages) for _ in range(layout.num_arrays)]
 
         def step(leaves, token_ids, positions, caches, meta):
             model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-            context = StepContext((meta,) * len(config.cache_groups))
+            tables = [meta.page_table + group * (1 + PAGE_TABLE.size) for group in range(len(layout.groups))]
+            context = StepContext(tuple(dataclasses.replace(meta, page_table=table) for table in tables))
             outputs = model(ModelInputs(token_ids, positions), caches, context)
             return model.compute_logits(outputs.hidden), outputs.caches
 
@@ -105,7 +108,8 @@ def test_activations_keep_the_dtype_of_the_weights(case):
     config = ModelConfig.from_hf(HFCheckpoint(DATA / case).config)
     model = model_class(config.architecture)(config, dtype=jnp.bfloat16)
     leaves, treedef = jax.tree.flatten(model)
-    caches = [make_cache(_spec(config, "bfloat16"), 2)] * config.num_layers
+    layout = config.cache_layout
+    caches = [make_cache(_spec(config, "bfloat16"), 2)] * layout.num_arrays
     numbers = [jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2, 2), (), (), (11,), (11,))]
 
     def step(leaves, inputs, caches, context):
@@ -113,7 +117,7 @@ def test_activations_keep_the_dtype_of_the_weights(case):
         hidden, _, caches = model(inputs, caches, context)
         return hidden, model.compute_logits(hidden), caches
 
-    context = StepContext((AttentionMetadata(*numbers[:5]),) * len(config.cache_groups))  # pyright: ignore[reportArgumentType]
+    context = StepContext((AttentionMetadata(*numbers[:5]),) * len(layout.groups))  # pyright: ignore[reportArgumentType]
     hidden, logits, caches = jax.eval_shape(step, leaves, ModelInputs(*numbers[5:]), caches, context)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(caches)} == {jnp.dtype(jnp.bfloat16)}

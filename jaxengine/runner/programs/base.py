@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxengine.config import EngineConfig
+from jaxengine.kv_cache.groups import page_groups
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.runner.arrays import StepArrays
 from jaxengine.runner.buckets import Bucket, make_buckets, warmup_order
 from jaxengine.runner.input_batch import PackedLayout
+from jaxengine.runner.page_tables import PageTables
 from jaxengine.runner.placement import Placement, abstract, bytes_on_a_device
 from jaxengine.runner.platform import compiler_options
 from jaxengine.runner.steps import FlatModel
@@ -30,7 +32,7 @@ class ProgramContext:
     Attributes:
         buckets: Shapes of the steps.
         layouts: Of their inputs.
-        table_width: Pages of a sequence at most, and one more.
+        tables: The page tables of its cache groups.
         model: The model; its leaves are abstract.
         is_stacked: Whether its layers run in a loop.
         leaf_shardings: Of the model's leaves.
@@ -41,7 +43,7 @@ class ProgramContext:
     config: EngineConfig
     buckets: list[Bucket]
     layouts: dict[Bucket, PackedLayout]
-    table_width: int
+    tables: PageTables
     model: FlatModel
     is_stacked: bool
     leaf_shardings: list[NamedSharding | None]
@@ -58,16 +60,15 @@ class ProgramContext:
             mesh: The devices; None for the default device.
         """
         scheduler, is_cpu = config.scheduler, config.platform == "cpu"
-        # One page more than a request can fill: a step that is run several times goes on beyond its end.
-        table_width = -(-scheduler.max_model_len // config.block_size) + 1
+        tables = PageTables(page_groups(config), scheduler.max_model_len)
         buckets = make_buckets(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, coarse=is_cpu)
         is_stacked = is_cpu and model.stack_layers()
         flat, place = FlatModel(model), Placement(mesh)
         return cls(
             config=config,
             buckets=buckets,
-            layouts={bucket: PackedLayout(bucket, table_width, config.attention_backend) for bucket in buckets},
-            table_width=table_width,
+            layouts={bucket: PackedLayout(bucket, tables, config.attention_backend) for bucket in buckets},
+            tables=tables,
             model=flat,
             is_stacked=is_stacked,
             leaf_shardings=place.parameters(flat.state),

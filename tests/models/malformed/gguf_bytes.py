@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.unit.test_gguf_tokenizer import byte_level_metadata
+from tests.unit.loading.test_gguf_tokenizer import byte_level_metadata
 
 LAYERS, HIDDEN, FFN, HEADS = 1, 32, 32, 2
 

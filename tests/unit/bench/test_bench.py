@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from jaxengine.bench import throughput
+from jaxengine.bench import gpu_figures, throughput
+from jaxengine.bench.gpu_figures import Card, Figures, comparison
 from jaxengine.bench.presets import CpuRow, GpuRow, cpu_preset, gpu_preset
 from jaxengine.bench.throughput import percentiles
 from jaxengine.bench.workloads import mixed, sharegpt, uniform
 from jaxengine.cli import bench, bench_gpu
+from jaxengine.cli.bench_common import bench_engine_args
 from jaxengine.cli.main import main, parse_args
 from jaxengine.loading.shapes import model_configs
 
@@ -79,11 +81,11 @@ def test_configurations_are_supported():
 
 
 def test_names_become_configurations_and_given_arguments_stay():
-    chosen = bench.bench_engine_args({"model": "qwen3-0.6b", "load_format": "dummy", "max_num_seqs": 3})
+    chosen = bench_engine_args({"model": "qwen3-0.6b", "load_format": "dummy", "max_num_seqs": 3})
     assert chosen["model"] == str(model_configs()["qwen3-0.6b"])
     assert chosen["max_model_len"] == 4608
     assert chosen["skip_tokenizer_init"] is True
-    assert bench.bench_engine_args({"enable_prefix_caching": True})["enable_prefix_caching"] is True
+    assert bench_engine_args({"enable_prefix_caching": True})["enable_prefix_caching"] is True
 
 
 def test_throughput_of_a_model_without_weights(tiny, tmp_path, capsys):
@@ -205,30 +207,88 @@ def test_bytes_of_a_decode_step(tiny):
 
 def test_rows_of_the_gpu_preset():
     rows = gpu_preset()
-    by_name = {row.name: row for row in rows}
-    assert len(by_name) == len(rows) == 12 + 3 * 3
+    assert len({row.name for row in rows}) == len(rows) == 12 + 3 * 3
     assert Counter(row.model for row in rows) == {"llama-3.1-8b": 8, "qwen3-0.6b": 7, "llama-3.2-1b": 6}
-    for name, vllm, goal in (
-        ("llama-3.1-8b decode B=64 ctx=4096", 18.7, 18.0),
-        ("qwen3-0.6b decode B=1 ctx=128", 2.47, 1.0),
-        ("llama-3.2-1b decode B=256 ctx=1024", 6.64, 5.0),
-        ("llama-3.1-8b mixed B=256", 8514, 10000),
-        ("qwen3-0.6b prefill B=64 ctx=1024", 333855, 340000),
-        ("llama-3.2-1b first token B=1 ctx=1024", 10.7, 8),
-    ):
-        assert (by_name[name].vllm, by_name[name].goal) == (vllm, goal)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "num_devices", "known"),
+    [
+        (
+            "NVIDIA H100 80GB HBM3",
+            1,
+            {
+                "llama-3.1-8b decode B=64 ctx=4096": (18.7, 18.0),
+                "qwen3-0.6b decode B=1 ctx=128": (2.47, 1.0),
+                "llama-3.2-1b decode B=256 ctx=1024": (6.64, 5.0),
+                "llama-3.1-8b mixed B=256": (8514, 10000),
+                "qwen3-0.6b prefill B=64 ctx=1024": (333855, 340000),
+                "llama-3.2-1b first token B=1 ctx=1024": (10.7, 8),
+            },
+        ),
+        (
+            "NVIDIA H100 80GB HBM3",
+            2,
+            {
+                "llama-3.1-8b decode B=256 ctx=1024": (12.9, 11.3),
+                "llama-3.1-8b prefill B=64 ctx=1024": (72731, 74000),
+            },
+        ),
+        (
+            "NVIDIA H200",
+            1,
+            {
+                "llama-3.1-8b decode B=64 ctx=4096": (13.92, 12.6),
+                "qwen3-0.6b decode B=1 ctx=128": (1.70, 0.6),
+                "llama-3.2-1b decode B=256 ctx=1024": (None, 3.5),
+                "llama-3.1-8b mixed B=256": (9868, None),
+                "qwen3-0.6b prefill B=64 ctx=1024": (414265, None),
+                "llama-3.1-8b first token B=1 ctx=1024": (26.2, None),
+                "llama-3.2-1b mixed B=256": (None, None),
+            },
+        ),
+    ],
+)
+def test_figures_are_those_of_the_card(device_kind, num_devices, known):
+    compared = comparison({device_kind}, num_devices)
+    assert compared.card is not None
+    assert compared.card.device_kind == device_kind
+    rows = gpu_preset(num_devices)
+    assert compared.figures.keys() == set(rows)  # each row of the preset, and nothing else
+    by_name = {row.name: compared.of(row) for row in rows}
+    for name, (vllm, goal) in known.items():
+        assert (by_name[name].vllm, by_name[name].goal) == (vllm, goal), name
+
+
+@pytest.mark.parametrize(
+    ("device_kinds", "num_devices"),
+    [
+        (["cpu"], 1),
+        (["NVIDIA H100 PCIe"], 1),
+        (["NVIDIA H100 80GB HBM3 MIG 1g.10gb"], 1),
+        (["NVIDIA H200"], 2),
+        (["NVIDIA H100 80GB HBM3", "NVIDIA H200"], 1),
+    ],
+)
+def test_other_devices_are_compared_with_nothing(device_kinds, num_devices):
+    compared = comparison(device_kinds, num_devices)
+    assert compared.card is None
+    assert compared.note.startswith("No comparison: ")
+    assert "\n" not in compared.note
+    assert all(kind in compared.note for kind in device_kinds)
+    assert {compared.of(row) for row in gpu_preset(num_devices)} == {Figures()}
 
 
 def test_two_gpus_that_share_a_model():
     from jaxengine.bench.floor import kv_bytes, weight_bytes
 
     rows = gpu_preset(tensor_parallel_size=2)
-    assert [(row.kind, row.batch_size, row.goal) for row in rows] == [
-        ("decode", 1, 3.7),
-        ("decode", 16, 4.3),
-        ("decode", 64, 6.0),
-        ("decode", 256, 11.3),
-        ("prefill", 64, 74000),
+    assert [(row.kind, row.batch_size) for row in rows] == [
+        ("decode", 1),
+        ("decode", 16),
+        ("decode", 64),
+        ("decode", 256),
+        ("prefill", 64),
     ]
     one, two = config_of("llama-3.1-8b"), config_of("llama-3.1-8b")
     two.model = dataclasses.replace(two.model, tensor_parallel_size=2)
@@ -275,21 +335,30 @@ def test_gpu_preset_on_a_small_scale(tiny_config, tmp_path, capsys, monkeypatch)
     """All kinds of rows; one that cannot run, and a model that cannot be loaded, do not keep others from running."""
     model = str(tiny_config)
     rows = [
-        GpuRow("decode", model, 2, 70, 7.5, 6.5),
-        GpuRow("decode", model, 3, 70, 7.5, 6.5),
-        GpuRow("decode", "no-such-model", 1, 10, 7.5, 6.5),
-        GpuRow("mixed", model, 2, None, 8514, 10000),
-        GpuRow("prefill", model, 2, 100, 43868, 44000),
-        GpuRow("first token", model, 1, 100, 39.4, 30),
+        GpuRow("decode", model, 2, 70),
+        GpuRow("decode", model, 3, 70),
+        GpuRow("decode", "no-such-model", 1, 10),
+        GpuRow("mixed", model, 2, None),
+        GpuRow("prefill", model, 2, 100),
+        GpuRow("first token", model, 1, 100),
     ]
+    figures = {rows[0]: Figures(7.5, 6.5), rows[3]: Figures(8514, 10000), rows[5]: Figures(39.4)}
     monkeypatch.setattr(bench_gpu, "gpu_preset", lambda size: rows)
     monkeypatch.setenv("COLUMNS", "200")
     file, traces = tmp_path / "report.json", tmp_path / "traces"
     argv = [*GPU_ARGS, "--max-model-len", "2100", "--json", str(file), "--bandwidth", "100"]
     assert main([*argv, "--models", model, "--only", "PREFILL", "--profile", str(traces)]) == 0
     assert list(traces.rglob("*.xplane.pb"))
-    assert len(json.loads(file.read_text())["results"]) == 1
-    capsys.readouterr()
+    report = json.loads(file.read_text())
+    (result,) = report["results"]
+    assert result["vllm"] is result["goal"] is None
+    out = capsys.readouterr().out
+    assert report["compared_with"] in out
+    assert "this is 1 x cpu." in out
+    assert "vLLM, " not in out
+    assert "goal, " not in out
+    card = Card("cpu", "this card", "vLLM on this card, 2026-12-01", {1: figures})
+    monkeypatch.setattr(gpu_figures, "CARDS", (card,))
     assert main(argv) == 1
     report = json.loads(file.read_text())
     by_name = {result["name"]: result for result in report["results"]}
@@ -302,15 +371,16 @@ def test_gpu_preset_on_a_small_scale(tiny_config, tmp_path, capsys, monkeypatch)
     for result in report["results"]:
         assert result["error"] or (result["value"] > 0 and result["num_compilations"] == 0), result
     decode = by_name[rows[0].name]
+    assert (decode["vllm"], decode["goal"]) == (7.5, 6.5)
+    assert report["compared_with"] == "vLLM on this card, 2026-12-01"
     assert decode["details"]["context"] == pytest.approx(70 + 32, abs=1.5)
     assert decode["floor_share"] == pytest.approx(decode["floor_ms"] / decode["value"])
     captured = capsys.readouterr()
     for text in (
         "decode, ms/step",
         "share of floor",
-        "NVIDIA H100",
-        "2026-11-23",
-        "Ours: ",
+        "vLLM's figures: vLLM on this card, 2026-12-01.",
+        "goal, this card",
         "8,514",
         ">= 10,000",
         "39.40",
@@ -332,7 +402,7 @@ def test_a_row_that_breaks_the_engine_gets_the_next_one_a_fresh_engine(tiny_conf
         monkeypatch.setattr(llm.llm_engine.core, "drain", broken)
         broken()
 
-    rows = [GpuRow("decode", str(tiny_config), 1, 10, 1, 1), GpuRow("first token", str(tiny_config), 1, 10, 1, 1)]
+    rows = [GpuRow("decode", str(tiny_config), 1, 10), GpuRow("first token", str(tiny_config), 1, 10)]
     monkeypatch.setattr(bench_gpu, "gpu_preset", lambda size: rows)
     monkeypatch.setattr(module, "measure_decode", broken_measure)
     assert main([*GPU_ARGS, "--max-model-len", "128", "--json", "-", "--quiet"]) == 1
@@ -351,7 +421,7 @@ def test_a_row_that_breaks_the_engine_gets_the_next_one_a_fresh_engine(tiny_conf
         ),
         (
             "throughput --preset gpu --tensor-parallel-size 3",
-            "tensor_parallel_size=3: preset 'gpu' has figures for 1 and 2",
+            "tensor_parallel_size=3: preset 'gpu' has rows for 1 and 2",
         ),
         ("throughput --preset gpu --data-parallel-size 2", "data_parallel_size=2: preset 'gpu' compares one copy"),
         ("throughput --preset gpu --only B=7", "only='B=7': no row's name contains it"),

@@ -5,7 +5,7 @@ import pytest
 from jaxengine.loading.gguf_tokenizer import gguf_tokenizer
 from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.structured.grammar import Grammar, GrammarCompiler, grammar_text, tokenizer_setup
-from tests.unit.test_gguf_tokenizer import byte_level_metadata, spm_metadata
+from tests.unit.loading.test_gguf_tokenizer import byte_level_metadata, spm_metadata
 
 
 @pytest.mark.parametrize("metadata", [byte_level_metadata(merges=("h e",)), spm_metadata()], ids=["bytes", "pieces"])

@@ -55,7 +55,7 @@ class TestStep:
         request = add(scheduler)
         (seq,) = step(scheduler).sequences
         assert (seq.start, seq.num_new_tokens, seq.samples, seq.new_in_slot) == (0, 6, True, True)
-        assert (seq.token_on_device, seq.num_output_tokens, len(seq.page_ids)) == (False, 0, 2)
+        assert (seq.token_on_device, seq.num_output_tokens, len(seq.page_ids[0])) == (False, 0, 2)
         batch = step(scheduler)
         (seq,) = batch.sequences
         assert (seq.start, seq.num_new_tokens, seq.samples, seq.new_in_slot) == (6, 1, True, False)

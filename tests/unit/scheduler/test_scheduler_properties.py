@@ -2,7 +2,8 @@
 
 The simulated model's "keys and values" of a token are a hash of the token and of what the page before it holds, and the
 next token is a function of them. So every output token depends on the content of every page of its request: a page that
-is lent twice, shared wrongly or read too early changes the output, or is caught by the checks before.
+is lent twice, shared wrongly or read too early changes the output, or is caught by the checks before. So with several
+cache groups: each has its own pages, of which it may read those in its window only.
 """
 
 import random
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxengine.config import SchedulerConfig
-from jaxengine.kv_cache import BlockPool, KVCacheManager, manager, prefix
+from jaxengine.kv_cache import BlockPool, KVCacheManager, PageGroup, manager, prefix
 from jaxengine.request import Request, RequestStatus
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.scheduler import ScheduledBatch, Scheduler
@@ -52,10 +53,13 @@ def expected_output(request: Request, limit: int) -> tuple[list[int], RequestSta
 
 @dataclass
 class Device:
-    """Runs batches in the order they come: pages[page][offset] is content, last_token[slot] the token sampled last."""
+    """Runs batches in the order they come: last_token[slot] is the token sampled last.
 
-    block_size: int
-    pages: dict[int, list[Content]] = field(default_factory=dict)
+    pages[page][offset] is content, and the number of the group that has written it.
+    """
+
+    groups: tuple[PageGroup, ...]
+    pages: dict[int, dict[int, tuple[int, Content]]] = field(default_factory=dict)
     last_token: dict[int, tuple[Request, int]] = field(default_factory=dict)
     tokens: dict[Request, list[int]] = field(default_factory=dict)  # what it has sampled, for the checks
 
@@ -81,8 +85,9 @@ class Device:
             assert len(inputs) == seq.num_new_tokens
             for position, token_id in enumerate(inputs, start):
                 content = chain(content, token_id)
-                page = seq.page_ids[position // self.block_size]
-                self.pages.setdefault(page, [0] * self.block_size)[position % self.block_size] = content
+                for number, (group, page_ids) in enumerate(zip(self.groups, seq.page_ids, strict=True)):
+                    page = self.pages.setdefault(page_ids[position // group.page_size], {})
+                    page[position % group.page_size] = number, content
             outputs = self.tokens.setdefault(request, [])
             assert seq.samples == (end == request.num_prompt_tokens + len(outputs))
             assert seq.num_output_tokens + index == len(outputs)
@@ -93,13 +98,16 @@ class Device:
         return sampled
 
     def read(self, request: Request, page_ids, num_tokens: int) -> Content:
-        """Walks the pages as attention would, and checks that they hold exactly the request's first tokens."""
+        """Walks the pages as attention would, and checks that they hold what the next token sees of the request."""
         content = root(request)
         tokens = request.prompt_token_ids + self.tokens.get(request, [])
         for position in range(num_tokens):
             content = chain(content, tokens[position])
-            page = self.pages[page_ids[position // self.block_size]]
-            assert page[position % self.block_size] == content, f"{request.request_id}: wrong content at {position}"
+            for number, (group, own_ids) in enumerate(zip(self.groups, page_ids, strict=True)):
+                if group.window is None or position > num_tokens - group.window:
+                    page = self.pages[own_ids[position // group.page_size]]
+                    found = page[position % group.page_size]
+                    assert found == (number, content), f"{request.request_id}: wrong content at {position}"
         return content
 
 
@@ -111,6 +119,7 @@ class Simulation:
     run_ahead: int  # batches in flight when the next is scheduled
     with_events: bool = True  # aborts, outside stops and bounded steps
     with_caching: bool = True
+    with_groups: bool = False  # else one, without a window
     num_pages: int = 0  # 0: drawn
     live: dict[str, Request] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -132,13 +141,22 @@ class Simulation:
             long_prefill_token_threshold=rng.choice([0, 3]) if chunked else 0,
         )
         num_pages = self.num_pages or max(1, rng.randint(12, 70) // self.block_size)
-        self.kv = KVCacheManager(num_pages, self.block_size, self.with_caching)
+        groups = self.draw_groups() if self.with_groups else (PageGroup(self.block_size),)
+        num_pages *= len(groups)
+        most = self.config.max_num_batched_tokens
+        self.kv = KVCacheManager(num_pages, self.block_size, self.with_caching, groups, most)
         self.scheduler = Scheduler(self.config, self.kv)
-        self.device = Device(self.block_size)
-        self.limit = min(max_model_len, num_pages * self.block_size)
+        self.device = Device(groups)
+        self.limit = min(max_model_len, self.kv.max_tokens)
         self.prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(0, 16))] for _ in range(2)]
         self.to_add = rng.randint(1, 12)
         self.num_steps = self.num_repeats = 0
+
+    def draw_groups(self) -> tuple[PageGroup, ...]:
+        rng = self.rng
+        windows = [None, *range(2, 12), 20]
+        sizes = [self.block_size * rng.choice([1, 1, 2, 3]) for _ in range(rng.randint(1, 4))]
+        return tuple(PageGroup(size, rng.choice(windows)) for size in sizes)
 
     def add(self) -> None:
         rng = self.rng
@@ -235,7 +253,9 @@ class Simulation:
         assert len(set(requests)) == len(requests)
         assert all(seq.request.status is RequestStatus.RUNNING for seq in batch.sequences)
         for seq in batch.sequences:
-            assert len(seq.page_ids) * self.block_size >= seq.start + seq.num_new_tokens + batch.num_steps - 1
+            num_tokens = seq.start + seq.num_new_tokens + batch.num_steps - 1
+            for group, pages in zip(self.kv.groups, seq.page_ids, strict=True):
+                assert len(pages) * group.page_size >= num_tokens
             assert batch.num_steps == 1 or (seq.samples and seq.num_new_tokens == 1)
             assert seq.page_ids is seq.request.page_ids
             threshold = self.config.long_prefill_token_threshold
@@ -250,9 +270,11 @@ class Simulation:
         pool, live = self.kv.pool, self.live.values()
         holders: Counter[int] = Counter()
         for request in live:
-            pages = request.page_ids
-            assert len(set(pages)) == len(pages)
-            assert (request.status is RequestStatus.RUNNING) == (request.slot >= 0) == bool(pages)
+            parts = zip(request.page_ids, request.num_dropped_pages, strict=True)
+            pages = [page for own, dropped in parts for page in own[dropped:]]
+            assert len(set(pages)) == len(pages) == self.kv.num_held_pages(request)
+            assert len(pages) <= self.kv.most_pages(request.max_total_tokens) + len(self.kv.groups)  # repeated steps'
+            assert (request.status is RequestStatus.RUNNING) == (request.slot >= 0) == bool(request.page_ids)
             holders.update(pages)
         assert pool.ref_counts == [holders[page] for page in range(pool.num_pages)]
         assert set(pool._free) == {page for page in range(pool.num_pages) if not holders[page]}
@@ -288,6 +310,13 @@ def test_random_workloads(run_ahead, seed):
     Simulation(random.Random(seed), run_ahead).run()
 
 
+@pytest.mark.parametrize("run_ahead", [0, 1])
+@slow_is_fine
+@given(seed=seeds)
+def test_random_workloads_of_several_cache_groups(run_ahead, seed):
+    Simulation(random.Random(seed), run_ahead, with_groups=True).run()
+
+
 @settings(slow_is_fine, max_examples=40)
 @given(seed=seeds)
 def test_random_workloads_two_steps_ahead(seed):
@@ -303,17 +332,18 @@ def test_without_caching_and_with_ample_memory_nothing_is_preempted(seed, run_ah
     assert simulation.kv.prefix_queries == 0
 
 
-def test_workloads_reach_the_hard_cases():
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_workloads_reach_the_hard_cases(with_groups):
     """Else the tests above would prove little."""
     seen = Counter()
     for seed in range(60):
-        simulation = Simulation(random.Random(seed), run_ahead=1).run()
+        simulation = Simulation(random.Random(seed), run_ahead=1, with_groups=with_groups).run()
         seen["preemptions"] += simulation.scheduler.num_preemptions
         seen["hits"] += simulation.kv.prefix_hits
         seen["repeats"] += simulation.num_repeats
         for request in simulation.requests:
             seen[request.status] += 1
-            seen["full"] += request.num_tokens == simulation.kv.num_pages * simulation.block_size
+            seen["full"] += request.num_tokens == simulation.kv.max_tokens
     assert seen["preemptions"] > 40
     assert seen["hits"] > 100
     assert seen["repeats"] > 100
@@ -328,8 +358,8 @@ def _lend_without_counting(pool: BlockPool, pages) -> None:
 
 
 def _cache_at_once(old):
-    def allocate(kv, request, num_tokens, computed_pages=()):
-        done = old(kv, request, num_tokens, computed_pages)
+    def allocate(kv, request, num_tokens, *args):
+        done = old(kv, request, num_tokens, *args)
         if done:
             kv.cache_full_pages(request, min(num_tokens, request.num_tokens))
         return done
@@ -375,6 +405,13 @@ MUTATIONS = {
     "block hashes are not chained": (manager, "extend_block_hashes", _hash_blocks_alone),
     "preemption forgets the pending token": (Scheduler, "_preempt", _forget_pending_token),
     "a slot is lent twice": (Scheduler, "_stop_running", _give_slot_back_twice),
+    "pages that are seen are given back": (PageGroup, "first_page", lambda old: lambda group, n: old(group, n + 1)),
+    "groups share names": (manager, "_name", lambda old: lambda index, block_hash: block_hash),
+    "what a window sees is not looked for": (
+        KVCacheManager,
+        "_cached_tokens",
+        lambda old: lambda kv, index, hashes, n: n if kv.groups[index].window else old(kv, index, hashes, n),
+    ),
 }
 
 
@@ -386,7 +423,7 @@ def test_a_mutation_is_noticed(name, monkeypatch):
 
     def fails(seed: int) -> bool:
         try:
-            Simulation(random.Random(seed), run_ahead=1).run()
+            Simulation(random.Random(seed), run_ahead=1, with_groups=seed % 2 == 1).run()
         except (AssertionError, ValueError, KeyError, IndexError):
             return True
         return False

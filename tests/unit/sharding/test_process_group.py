@@ -97,7 +97,7 @@ def test_strangers_are_ignored(port):
 
 @pytest.mark.parametrize("dies", [0, 2])
 def test_when_one_dies_all_end(port, dies):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     members = [
         subprocess.Popen(
             [sys.executable, "-c", MEMBER, *map(str, (rank, port, dies))],

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import pytest
 
 from jaxengine.kv_cache import BlockPool, KVCacheManager
+from jaxengine.kv_cache.manager import NOTHING
 from jaxengine.kv_cache.prefix import extend_block_hashes
 from jaxengine.request import Request
 from jaxengine.sampling_params import SamplingParams
@@ -17,10 +18,9 @@ def make_request(request_id="r", prompt: Iterable[int] = range(10), **kwargs) ->
 
 def compute(kv: KVCacheManager, request: Request) -> list[int]:
     """What the scheduler does for a prompt in one step. Returns the request's pages."""
-    pages, _ = kv.get_computed_pages(request)
-    assert kv.allocate(request, request.num_tokens, pages)
+    assert kv.allocate(request, request.num_tokens, 0, kv.get_computed_pages(request))
     kv.cache_full_pages(request, request.num_tokens)
-    return request.page_ids
+    return request.page_ids[0]
 
 
 class TestBlockPool:
@@ -121,7 +121,7 @@ class TestManager:
     def test_allocates_pages_as_tokens_come(self):
         kv, request = KVCacheManager(4, block_size=4), make_request()
         assert kv.allocate(request, 4)
-        pages = request.page_ids
+        (pages,) = request.page_ids
         assert len(pages) == 1
         assert kv.allocate(request, 4)
         assert len(pages) == 1
@@ -140,7 +140,7 @@ class TestManager:
         assert kv.num_free_pages == 2
         assert kv.allocate(r, 8)
         assert not kv.allocate(r, 9)
-        assert len(r.page_ids) == 2
+        assert len(r.page_ids[0]) == 2
         assert not kv.allocate(s, 1)
         assert s.page_ids == []
 
@@ -148,8 +148,7 @@ class TestManager:
         kv = KVCacheManager(8, block_size=4)
         pages = compute(kv, make_request("a", range(10)))
         b = make_request("b", [*range(8), 77])
-        found, num_tokens = kv.get_computed_pages(b)
-        assert (found, num_tokens) == (pages[:2], 8)
+        assert kv.get_computed_pages(b) == (8, (pages[:2],))
         assert kv.num_free_pages == 5
         assert compute(kv, b)[:2] == pages[:2]
         assert kv.num_free_pages == 4
@@ -159,17 +158,17 @@ class TestManager:
     def test_leaves_a_token_to_compute(self, prompt_len, num_cached):
         kv = KVCacheManager(8, block_size=4)
         compute(kv, make_request("a", range(prompt_len)))
-        assert kv.get_computed_pages(make_request("b", range(prompt_len)))[1] == num_cached
+        assert kv.get_computed_pages(make_request("b", range(prompt_len))).num_tokens == num_cached
 
     def test_finds_nothing_for_another_salt_or_for_prompt_logprobs_or_when_off(self):
         kv = KVCacheManager(8, block_size=4)
         compute(kv, make_request("a"))
-        assert kv.get_computed_pages(make_request("b"))[1] == 8
-        assert kv.get_computed_pages(make_request("b", cache_salt="s")) == ([], 0)
-        assert kv.get_computed_pages(make_request("b", prompt_logprobs=0)) == ([], 0)
+        assert kv.get_computed_pages(make_request("b")).num_tokens == 8
+        assert kv.get_computed_pages(make_request("b", cache_salt="s")) == NOTHING
+        assert kv.get_computed_pages(make_request("b", prompt_logprobs=0)) == NOTHING
         off = KVCacheManager(8, block_size=4, enable_prefix_caching=False)
         compute(off, make_request("a"))
-        assert off.get_computed_pages(make_request("b")) == ([], 0)
+        assert off.get_computed_pages(make_request("b")) == NOTHING
 
     def test_prefix_outlives_its_request_until_evicted(self):
         kv = KVCacheManager(4, block_size=4)
@@ -177,10 +176,10 @@ class TestManager:
         pages = list(compute(kv, a))
         kv.free(a)
         assert kv.num_free_pages == 4
-        assert kv.get_computed_pages(make_request("b", range(9))) == (pages, 8)
+        assert kv.get_computed_pages(make_request("b", range(9))) == (8, (pages,))
         c = make_request("c", range(100, 112))
         compute(kv, c)  # three pages: the two that were never used, and the end of a's prefix
-        assert kv.get_computed_pages(make_request("b", range(9))) == (pages[:1], 4)
+        assert kv.get_computed_pages(make_request("b", range(9))) == (4, (pages[:1],))
 
     def test_own_prefix_is_not_evicted_for_new_pages(self):
         """Cached free pages that the request takes itself do not count as free for it."""
@@ -189,22 +188,22 @@ class TestManager:
         pages = list(compute(kv, a))
         kv.free(a)
         b = make_request("b", range(16))
-        found, _ = kv.get_computed_pages(b)
-        assert not kv.allocate(b, 16, found)
+        found = kv.get_computed_pages(b)
+        assert not kv.allocate(b, 16, 0, found)
         assert kv.num_free_pages == 3
-        assert kv.allocate(b, 12, found)
-        assert b.page_ids[:2] == pages
+        assert kv.allocate(b, 12, 0, found)
+        assert b.page_ids[0][:2] == pages
 
     def test_only_full_known_pages_are_offered(self):
         kv, request = KVCacheManager(8, block_size=4), make_request("a", range(10))
         kv.allocate(request, 12)
         kv.cache_full_pages(request, 7)
-        assert kv.get_computed_pages(make_request("b", range(10)))[1] == 4
+        assert kv.get_computed_pages(make_request("b", range(10))).num_tokens == 4
         kv.cache_full_pages(request, 10)
-        assert kv.get_computed_pages(make_request("b", range(10)))[1] == 8
+        assert kv.get_computed_pages(make_request("b", range(10))).num_tokens == 8
         request.all_token_ids += [10, 11]
         kv.cache_full_pages(request, 12)
-        assert kv.get_computed_pages(make_request("b", range(13)))[1] == 12
+        assert kv.get_computed_pages(make_request("b", range(13))).num_tokens == 12
 
     def test_reset(self):
         kv, request = KVCacheManager(4, block_size=4), make_request()
@@ -212,7 +211,7 @@ class TestManager:
         assert not kv.reset_prefix_cache()
         kv.free(request)
         assert kv.reset_prefix_cache()
-        assert kv.get_computed_pages(make_request("b")) == ([], 0)
+        assert kv.get_computed_pages(make_request("b")) == NOTHING
 
     def test_needs_a_block_size(self):
         with pytest.raises(ValueError, match="block_size=0"):
