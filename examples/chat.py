@@ -1,4 +1,7 @@
-"""Holds a conversation of two turns, printing the second answer as it is generated. Run: python examples/chat.py"""
+"""Holds a conversation of two turns, printing the second answer as it is generated.
+
+Run: python examples/chat.py
+"""
 
 from jaxengine import LLM, RequestOutputKind, SamplingParams
 from jaxengine.engine.chat import render_chat

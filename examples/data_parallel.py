@@ -22,6 +22,7 @@ PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time", "1,
 
 
 def run_rank(args: argparse.Namespace) -> None:
+    """Generates this rank's part of the prompts, and writes it."""
     group = DataParallelGroup()
     prompts = group.part(PROMPTS)
     # One write, line end and all: print() makes two where output is unbuffered, and ranks would mix their lines.
@@ -71,6 +72,7 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    """Starts the ranks, or is one of them; returns the exit code."""
     parser = argparse.ArgumentParser(description="Data parallelism over processes.")
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--dp-size", type=int, default=2, help="ranks to start on this machine")

@@ -1,4 +1,7 @@
-"""Continues some prompts. Run: python examples/offline_basic.py"""
+"""Continues some prompts.
+
+Run: python examples/offline_basic.py
+"""
 
 from jaxengine import LLM, SamplingParams
 

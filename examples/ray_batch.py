@@ -15,6 +15,7 @@ QUESTIONS = ["What is the capital of France?", "Name three colours.", "What is 2
 
 
 def main() -> None:
+    """Answers a data set of questions, and prints it."""
     parser = argparse.ArgumentParser(description="Batch inference with Ray Data.")
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--engines", type=int, default=1)

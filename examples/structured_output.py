@@ -24,6 +24,7 @@ NUMBER: /[1-9][0-9]?/
 
 
 def ask(llm: LLM, question: str, form: StructuredOutputsParams) -> str:
+    """Returns the answer to a question, in a given form."""
     params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=form)
     return llm.chat([{"role": "user", "content": question}], params)[0].outputs[0].text
 

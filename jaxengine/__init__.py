@@ -4,6 +4,7 @@
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +43,20 @@ _MODULES = {
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
 }
+
+
+def _check_links() -> None:
+    """Raises ImportError in a tree that git has cloned without symbolic links: it leaves text files in their places."""
+    for name in ("models", "pallas_kernels", "sharding"):
+        path = Path(__file__).with_name(name)
+        if path.is_file():
+            raise ImportError(
+                f"{path} is a file and should be a symbolic link: git has cloned this tree with core.symlinks=false. "
+                "Clone it again with `git clone -c core.symlinks=true URL`; on Windows, turn on Developer Mode before."
+            )
+
+
+_check_links()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -146,7 +147,8 @@ class LLM(SyncCalls):
         Raises:
             ValueError: A prompt is wrong, or `2 * beam_width` is more than the engine's `max_logprobs`.
         """
-        return beam_search(self, prompts, params)
+        generate = functools.partial(self.generate, use_tqdm=False)
+        return beam_search(self.llm_engine, generate, prompts, params)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer.
@@ -174,6 +176,25 @@ class LLM(SyncCalls):
         An engine that runs in several processes is called in each of them, in the same order.
         """
         return self.llm_engine.collective_rpc(method, args, kwargs)
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Puts new weights in place of some or all, as from a trainer. Nothing is compiled again.
+
+        All names, shapes and dtypes are checked before anything changes. Arrays on the engine's devices are put where
+        they belong without a copy through the host, and stay the caller's. Cached prefixes are forgotten.
+
+        Args:
+            weights: Pairs of a tensor's name in the checkpoint ("model.layers.0.self_attn.q_proj.weight") and an array
+                of NumPy or JAX with its shape there. Those that are not named stay as they are. Numbers are converted
+                to the dtype that the engine holds. `jaxengine.loading.loader.named_weights` gives those of a model
+                that is being trained.
+
+        Raises:
+            ValueError: A name is not part of the model or comes twice, or a shape or dtype is wrong; then nothing has
+                changed.
+            RuntimeError: Requests are running, or the engine sleeps.
+        """
+        self.llm_engine.update_weights(weights)
 
     def wait_until_warm(self) -> None:
         """Waits until every step shape is compiled: from then on nothing is compiled any more."""

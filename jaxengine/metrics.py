@@ -72,6 +72,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
+        """Counts a value, or so many of it."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 

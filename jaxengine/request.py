@@ -159,6 +159,7 @@ class Request(RequestSpec, eq=False):
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
         return len(self.prompt_token_ids)
 
     @property

@@ -15,14 +15,16 @@ from jaxengine.models.layers.norm import add_up
 from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import shift_pages
 
+STACKED = "layers.layer."
+"""How the paths of stacked parameters begin; those of the layers by themselves begin with `layers.0.` and so on."""
+
 
 class LayerStack(nnx.Module):
     """L layers with a leading axis L on every parameter, run by one loop.
 
-    For CPUs only. There a compiled program costs about 3 ms and 60 KB for every operation: SmolLM2's 30 unrolled layers
-    make 2000 of them, 5 s and 125 MB for each step shape. The loop copies each layer's weights out of the stack. With
-    float32 weights that costs 18% of a step of one token, 5% of one of 32 (2 AVX2 cores, 2026-11-23); 16-bit weights,
-    which are converted to float32 on the way, are read faster so than float32 ones. On a GPU the copy costs 150%.
+    For CPUs only. There a compiled program costs time and memory for every operation, and unrolled layers make
+    thousands of them for each step shape. The loop copies each layer's weights out of the stack: a small part of a
+    CPU's step, and more than the step itself on a GPU. 16-bit weights are converted to float32 on the way.
     """
 
     def __init__(self, layers: Sequence[nnx.Module]):
@@ -31,11 +33,11 @@ class LayerStack(nnx.Module):
         Raises:
             ValueError: They do.
         """
-        graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
-        if any(graphdef != graphdefs[0] for graphdef in graphdefs):
+        if not are_alike(layers):
             raise ValueError("the layers have different structures")
         self.num_layers = len(layers)
-        self.layer = nnx.merge(graphdefs[0], jax.tree.map(lambda *leaves: _stack(leaves), *states))
+        states = [nnx.state(layer) for layer in layers]
+        self.layer = nnx.merge(nnx.graphdef(layers[0]), jax.tree.map(lambda *leaves: _stack(leaves), *states))
 
     def __call__(
         self, x: jax.Array, cache: Any, step: StepContext, taps: tuple[int, ...] = ()
@@ -69,6 +71,12 @@ class LayerStack(nnx.Module):
 
         x, cache, noted = lax.fori_loop(0, self.num_layers, body, (x, cache, (x,) * len(taps)))
         return x, cache, note(self.num_layers, x, noted)
+
+
+def are_alike(layers: Sequence[nnx.Module]) -> bool:
+    """Whether layers differ in nothing but their parameters."""
+    first, *others = map(nnx.graphdef, layers)
+    return all(graphdef == first for graphdef in others)
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

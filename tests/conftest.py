@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # For what says nothing else; steps of engines do. Kernels in interpreters and models' layers by themselves run once or
-# twice, and LLVM's optimiser takes longer than that: 45 instead of 76 s for test_ragged_paged_attention.py (two AVX2
-# cores, 2026-11-26). XLA reads it when JAX starts.
+# twice, and LLVM's optimiser takes longer than that. XLA reads it when JAX starts.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
 import jax

@@ -1,5 +1,6 @@
-"""The README tells the truth: its Python runs, its command lines parse, its links lead somewhere."""
+"""The pages tell the truth: their Python runs, their command lines parse, their links lead somewhere."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -10,56 +11,128 @@ import jaxengine
 from jaxengine.cli.main import COMMANDS, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = [
+    README,
+    CONTRIBUTING,
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "sharding" / "README.md",
+    *sorted((ROOT / "pallas_kernels").glob("*/README.md")),
+]
+MAX_README_LINES = 130
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def command_lines() -> list[str]:
-    """What follows the word `jaxengine` in the shell blocks."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def command_lines(page: Path) -> list[str]:
+    """What follows the word `jaxengine` in a page's shell blocks."""
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
     found = [re.search(r"(?:^|\brun )jaxengine (.*)", line) for line in lines]
     return [match[1].partition(" > ")[0] for match in found if match]
 
 
-# What needs a server runs in tests/server.
-OFFLINE = [index for index, block in enumerate(blocks("python")) if "import OpenAI" not in block]
+# What needs a server runs in tests/server; a part of a script does not run by itself.
+SNIPPETS = [
+    pytest.param(
+        page,
+        code,
+        id=f"{name_of(page)}-{index}",
+        marks=pytest.mark.slow if "AsyncLLM" in code or "load_model(" in code else (),
+    )
+    for page in (README, *sorted((ROOT / "docs").glob("*.md")))
+    for index, code in enumerate(blocks(page, "python"))
+    if "import OpenAI" not in code
+]
 
 
-@pytest.mark.parametrize("index", OFFLINE)
-def test_python_snippets_run(index, smollm2, monkeypatch, capsys):
-    def shared_llm(model=None, **engine_args):
-        jaxengine.EngineArgs(model=model, **engine_args)
-        return smollm2
+@pytest.mark.parametrize(("page", "code"), SNIPPETS)
+def test_python_snippets_run(page, code, request, monkeypatch, capsys):
+    if "LLM()" in code:
+        smollm2 = request.getfixturevalue("smollm2")
 
-    monkeypatch.setattr(jaxengine, "LLM", shared_llm, raising=False)
-    exec(compile(blocks("python")[index], f"README.md, snippet {index}", "exec"), {"__name__": "__main__"})
+        def shared_llm(model=None, **engine_args):
+            jaxengine.EngineArgs(model=model, **engine_args)
+            return smollm2
+
+        monkeypatch.setattr(jaxengine, "LLM", shared_llm, raising=False)
+    exec(compile(code, name_of(page), "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("line", command_lines())
+@pytest.mark.parametrize("line", [line for page in PAGES for line in command_lines(page)])
 def test_command_lines_parse(line):
-    assert parse_args(shlex.split(line)).command in COMMANDS
+    assert parse_args(shlex.split(line, comments=True)).command in COMMANDS
+
+
+def test_modules_that_are_run_are_there():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    modules = {module for text in texts for module in re.findall(r"python\s+-m\s+((?:jaxengine|tests)[\w.]*)", text)}
+    assert modules
+    for module in modules:
+        assert importlib.util.find_spec(module) is not None, module
 
 
 def test_the_two_commands():
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
     assert 'pip install uv && uv run jaxengine generate "The capital of France is"' in lines
     assert "uv run pytest" in lines
 
 
-def test_links_lead_to_files():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_readme_stays_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_is_reached_from_the_readme():
+    linked: set[Path] = set()
+    waiting = [README]
+    while waiting:
+        page = waiting.pop()
+        if page in linked:
+            continue
+        linked.add(page)
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+        waiting += [path for target in targets if (path := (page.parent / target).resolve()).suffix == ".md"]
+    assert set(PAGES) <= linked
+
+
+def test_pages_name_files_that_are_there():
+    """Those told in backticks with a folder; what a user or a cache has is not looked for."""
+    for page in PAGES:
+        for name in re.findall(
+            r"`((?:tests|examples|docs|jaxengine|models|sharding)/[\w./]+\.(?:py|md))`", page.read_text()
+        ):
+            assert (ROOT / name).exists(), (name_of(page), name)
+    for where in re.findall(r"^\*\*.+?\(`([\w/]+\.py)`", (ROOT / "docs" / "performance.md").read_text(), re.MULTILINE):
+        assert (ROOT / where).exists() or (ROOT / "jaxengine" / where).exists(), where
 
 
 def test_every_supported_family_is_named():
     """Whoever adds a family adds it to the README; architectures are named as people call them."""
     from jaxengine.models.registry import MODELS
 
-    named = re.sub(r"[\s-]", "", README).lower()
+    named = re.sub(r"[\s-]", "", README.read_text(encoding="utf-8")).lower()
     for architecture in MODELS:
         family = re.sub(r"(LMHeadModel|ForCausalLM)$", "", architecture).lower()
         assert family in named, architecture

@@ -53,6 +53,7 @@ class GpuRowResult:
 
     @property
     def floor_share(self) -> float | None:
+        """The floor's share of the value; None without a floor or a value."""
         return None if self.floor_ms is None or self.value is None else self.floor_ms / self.value
 
     @property

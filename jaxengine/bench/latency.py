@@ -51,10 +51,12 @@ class DecodeBatch:
 
     @property
     def name(self) -> str:
+        """What is measured, for people."""
         return f"{self.batch_size} x {self.input_len}/{self.num_steps}"
 
     @property
     def window(self) -> DecodeWindow:
+        """The steps in which all requests decode."""
         return DecodeWindow(self.batch_size, self.num_skipped + self.num_steps)
 
     def workload(self, llm: LLM) -> Workload:
@@ -111,6 +113,7 @@ class LatencyResult:
 
     @property
     def floor_share(self) -> float | None:
+        """The floor's share of the mean step; None without a floor."""
         return None if self.floor_ms is None else self.floor_ms / self.step_ms["mean"]
 
     def to_json(self) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class GpuRow:
 
     @property
     def name(self) -> str:
+        """The row's name, which `--only` looks at."""
         shape = f" ctx={self.context}" if self.context is not None else ""
         return f"{self.model} {self.kind} B={self.batch_size}{shape}"
 

@@ -89,10 +89,12 @@ class ServerTokenizer:
         self._api, self._model = api, model
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a text."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": add_special_tokens}
         return self._api.call("/tokenize", body)["tokens"]
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of tokens."""
         return self._api.call("/detokenize", {"model": self._model, "tokens": list(token_ids)})["prompt"]
 
 
@@ -140,6 +142,7 @@ class Record:
         return [after - before for before, after in pairwise(self.token_times)]
 
     def to_json(self) -> dict[str, Any]:
+        """Returns times, in seconds, and counts."""
         times = {"sent": self.sent, "ttft": self.ttft, "e2e": self.e2e} if self.error is None else {"sent": self.sent}
         counts = {"num_input_tokens": self.num_input_tokens, "num_output_tokens": self.num_output_tokens}
         return {name: round(value, 6) for name, value in times.items()} | counts | {"error": self.error}
@@ -190,17 +193,21 @@ class ServeResult:
 
     @property
     def requests_per_s(self) -> float:
+        """Requests completed in a second."""
         return self.num_completed / self.seconds
 
     @property
     def output_tokens_per_s(self) -> float:
+        """Tokens generated in a second."""
         return self.num_output_tokens / self.seconds
 
     @property
     def total_tokens_per_s(self) -> float:
+        """Tokens of prompts and outputs in a second."""
         return (self.num_input_tokens + self.num_output_tokens) / self.seconds
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all figures, without the records."""
         rates = ("requests_per_s", "output_tokens_per_s", "total_tokens_per_s")
         values = {name: value for name, value in vars(self).items() if name != "records"}
         values |= {name: round(getattr(self, name), 3) for name in rates} | {"seconds": round(self.seconds, 4)}

@@ -54,18 +54,22 @@ class ThroughputResult:
 
     @property
     def requests_per_s(self) -> float:
+        """Requests completed in a second."""
         return self.num_requests / self.seconds
 
     @property
     def input_tokens_per_s(self) -> float:
+        """Tokens of prompts in a second."""
         return self.num_input_tokens / self.seconds
 
     @property
     def output_tokens_per_s(self) -> float:
+        """Tokens generated in a second."""
         return self.num_output_tokens / self.seconds
 
     @property
     def total_tokens_per_s(self) -> float:
+        """Tokens of prompts and outputs in a second."""
         return self.input_tokens_per_s + self.output_tokens_per_s
 
     def to_json(self) -> dict[str, Any]:

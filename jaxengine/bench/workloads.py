@@ -34,10 +34,12 @@ class Workload:
 
     @property
     def num_input_tokens(self) -> int:
+        """Tokens of all prompts."""
         return sum(len(prompt) for prompt, _ in self.requests)
 
     @property
     def num_output_tokens(self) -> int:
+        """Tokens to generate for all requests."""
         return sum(output_len for _, output_len in self.requests)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxengine.bench.gpu_figures import comparison
 from jaxengine.bench.presets import GPU_ENGINE_ARGS, GpuRow, gpu_preset
-from jaxengine.cli.bench import bandwidth, bench_engine_args, select_rows, write_report
+from jaxengine.cli.bench_common import bandwidth, bench_engine_args, select_rows, write_report
 from jaxengine.cli.common import Status
 from jaxengine.cli.engine_flags import engine_kwargs
 

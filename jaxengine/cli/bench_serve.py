@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxengine.bench.workloads import Workload
-from jaxengine.cli.bench import (
+from jaxengine.cli.bench_common import (
     add_report_flags,
     add_workload_flags,
     check_positive,

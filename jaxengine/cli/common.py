@@ -49,12 +49,14 @@ class Status:
         self._is_shown = False
 
     def show(self, text: str) -> None:
+        """Shows a text in place of the one before."""
         if self._is_on:
             self.clear()
             print(text, end="", file=sys.stderr, flush=True)
             self._is_shown = True
 
     def clear(self) -> None:
+        """Takes the text away."""
         if self._is_shown:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
             self._is_shown = False

@@ -250,16 +250,17 @@ class AsyncLLM(AsyncCalls):
         return [await self._client.call(method, args, kwargs)]
 
     async def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
-        """Replaces weights of the model; what runs goes on with the new ones.
+        """Puts new weights in place of some or all, and forgets all cached prefixes; see `LLM.update_weights`.
 
-        They are sent in pieces, and the core replaces them when all have come. One call after the other.
+        They are sent in pieces, and the core puts them in place when all have come. No request may run: pause first.
+        Requests that a pause keeps go on with the new weights.
 
         Args:
             weights: Names as in the checkpoint, and NumPy or JAX arrays. Taken from it as they are sent, in a thread.
 
         Raises:
             ValueError: Names or shapes are not the model's; nothing has been changed.
-            EngineStateError: The weights sleep.
+            EngineStateError: The weights sleep, or requests run.
             EngineDeadError: The engine core has ended.
         """
         async with self._updating_weights:
@@ -276,6 +277,7 @@ class AsyncLLM(AsyncCalls):
 
     @property
     def num_unfinished_requests(self) -> int:
+        """Requests whose streams have not ended."""
         return len(self._streams)
 
     def check_health(self) -> None:

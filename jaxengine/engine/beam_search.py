@@ -5,16 +5,16 @@ As in vLLM, a beam is a request of its own for each token; the prefix cache make
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from jaxengine.engine.inputs import PromptInput, normalize_prompts
-from jaxengine.outputs import TokenLogprobDict
+from jaxengine.engine.llm_engine import LLMEngine
+from jaxengine.outputs import RequestOutput, TokenLogprobDict
 from jaxengine.sampling_params import BeamSearchParams, SamplingParams
 
-if TYPE_CHECKING:
-    from jaxengine.llm import LLM
+Generate = Callable[[list[PromptInput], SamplingParams], list[RequestOutput]]
+"""`LLM.generate`, without a progress bar."""
 
 
 @dataclass
@@ -51,10 +51,9 @@ class _Search:
 
 
 def beam_search(
-    llm: LLM, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
+    engine: LLMEngine, generate: Generate, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
 ) -> list[BeamSearchOutput]:
-    """See `LLM.beam_search`."""
-    engine = llm.llm_engine
+    """Returns the best continuations of each prompt; see `LLM.beam_search`."""
     num_candidates = 2 * params.beam_width
     if num_candidates > engine.config.max_logprobs:
         raise ValueError(
@@ -73,7 +72,7 @@ def beam_search(
         active = [(search, beam) for search in searches for beam in search.beams]
         if not active:
             break
-        outputs = llm.generate([{"prompt_token_ids": beam.tokens} for _, beam in active], one_token, use_tqdm=False)
+        outputs = generate([{"prompt_token_ids": beam.tokens} for _, beam in active], one_token)
         candidates: dict[int, list[BeamSearchSequence]] = {id(search): [] for search in searches}
         for (search, beam), output in zip(active, outputs, strict=True):
             logprobs = output.outputs[0].logprobs
@@ -92,10 +91,10 @@ def beam_search(
             best = sorted(candidates[id(search)], key=lambda beam: beam.cum_logprob, reverse=True)[: params.beam_width]
             search.beams = [beam for beam in best if len(beam.tokens) < limit]
             search.finished += [beam for beam in best if len(beam.tokens) >= limit]
-    return [_result(llm, search, params) for search in searches]
+    return [_result(engine, search, params) for search in searches]
 
 
-def _result(llm: LLM, search: _Search, params: BeamSearchParams) -> BeamSearchOutput:
+def _result(engine: LLMEngine, search: _Search, params: BeamSearchParams) -> BeamSearchOutput:
     def score(beam: BeamSearchSequence) -> float:
         length = len(beam.tokens) - search.prompt_len
         # EOS ends a hypothesis and is not part of its length (Wu et al., arXiv 1609.08144, with a plain power).
@@ -103,7 +102,7 @@ def _result(llm: LLM, search: _Search, params: BeamSearchParams) -> BeamSearchOu
         return beam.cum_logprob / max(length, 1) ** params.length_penalty
 
     best = sorted(search.finished + search.beams, key=score, reverse=True)[: params.beam_width]
-    tokenizer = llm.llm_engine.tokenizer
+    tokenizer = engine.tokenizer
     for beam in best:
         beam.finish_reason = beam.finish_reason or "length"
         shown = beam.tokens

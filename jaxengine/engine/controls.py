@@ -84,7 +84,7 @@ class Controls:
         for tag in tags or ():
             if tag not in MEMORY_TAGS:
                 raise ValueError(f"tags: {quote(tag)}: expected {accepted}")
-        if not self._is_sleeping:
+        if not self.is_sleeping():
             return
         self._core.runner.wake_up(tags or MEMORY_TAGS, self._reload_model)
         if not self._core.runner.is_sleeping:
@@ -93,7 +93,7 @@ class Controls:
 
     def is_sleeping(self) -> bool:
         """Whether anything is to be woken."""
-        return self._is_sleeping
+        return self._is_sleeping or self._core.runner.is_sleeping
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forgets all prefixes."""
@@ -106,7 +106,7 @@ class Controls:
             raise ValueError(f"mode={quote(mode)}: expected one of {', '.join(PauseMode)}")
         _check_flag("clear_cache", clear_cache)
         core = self._core
-        if mode == PauseMode.WAIT and self._is_sleeping and core.scheduler.has_unfinished_requests():
+        if mode == PauseMode.WAIT and self.is_sleeping() and core.scheduler.has_unfinished_requests():
             raise EngineStateError(
                 "mode='wait': the engine sleeps, and cannot finish what it keeps: call wake_up() first"
             )
@@ -121,7 +121,7 @@ class Controls:
 
     def resume_generation(self) -> None:
         """Runs requests again."""
-        if self._is_sleeping:
+        if self.is_sleeping():
             raise EngineStateError("the engine sleeps: call wake_up() first")
         self._core.resume()
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxengine.engine.calls import PauseMode
+from jaxengine.engine.calls import EngineStateError, PauseMode
 from jaxengine.engine.output_processor import SampledUpdate, TokenLogprobs
 from jaxengine.engine.pacing import StepPacer
 from jaxengine.metrics import STEP_TOKENS, Histogram
 from jaxengine.request import Request, RequestSpec, RequestStatus
 from jaxengine.runner.model_runner import ModelRunner
 from jaxengine.runner.step_handle import ForwardStep, ShardResult, StepHandle
+from jaxengine.runner.weight_update import Weights
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.batch import ScheduledBatch, TokenUpdate
 from jaxengine.scheduler.scheduler import Scheduler
@@ -182,6 +183,30 @@ class EngineCore:
         """Returns, and forgets, what the next `step` would give out first."""
         settled, self._settled = self._settled, []
         return settled
+
+    def update_weights(self, weights: Weights) -> None:
+        """Puts new weights in place of some or all, and forgets all cached prefixes. See `LLM.update_weights`.
+
+        Raises:
+            EngineStateError: The weights sleep; or requests run, and are not kept by a pause.
+            RuntimeError: See `ModelRunner.update_weights`.
+            ValueError: A name, a shape or a dtype is wrong; then nothing has changed.
+        """
+        if not self.runner.has_weights:
+            raise EngineStateError("the engine has no weights while it sleeps: wake_up() before update_weights()")
+        if self.pause_mode is not PauseMode.KEEP and self.scheduler.has_unfinished_requests():
+            raise EngineStateError("requests are running: finish, abort or pause them before update_weights()")
+        self.drain()
+        try:
+            self.runner.update_weights(weights)
+        except ValueError:
+            raise
+        except BaseException:
+            self.reset_prefix_cache(reset_running_requests=True)
+            if self.runner.is_sleeping:  # nothing can run
+                self.pause(PauseMode.KEEP)
+            raise
+        self.reset_prefix_cache(reset_running_requests=True)
 
     def close(self) -> None:
         """Ends the compiler threads and frees the device. Requests must have ended."""

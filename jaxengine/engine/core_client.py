@@ -93,6 +93,7 @@ class CoreClient:
         return message.limits
 
     def add_requests(self, spec: RequestSpec, requests: Sequence[Request]) -> None:
+        """Sends a request to the core; see `Core.add_requests`."""
         keys = [next(self._next_key) for _ in requests]
         self._send(wire.Add.of(keys, spec))
         for key, request in zip(keys, requests, strict=True):
@@ -102,6 +103,7 @@ class CoreClient:
     def finish_request(
         self, request_id: str, status: RequestStatus, stop_reason: int | str | None = None
     ) -> Request | None:
+        """Ends a request here and in the core; see `Core.finish_request`."""
         key = self._keys.pop(request_id, None)
         if key is None:
             return None

@@ -1,4 +1,4 @@
-"""Counters and gauges of a core."""
+"""The core's counters and gauges, by vLLM's names with our prefix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxengine.metrics import Metric
 
 
 def collect_metrics(core: EngineCore, num_compilations: int) -> list[Metric]:
-    """Returns the values of this moment. Args: core: What runs. num_compilations: XLA's, since the engine was made."""
+    """Returns the values of this moment."""
     scheduler, stats = core.scheduler, core.stats
     return [
         Metric("jaxengine:num_requests_running", "gauge", scheduler.num_running),

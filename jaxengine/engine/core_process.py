@@ -62,11 +62,11 @@ class CoreProcess:
         self._compiler = ThreadPoolExecutor(NUM_COMPILERS, "jaxengine-grammar")
         self._compiling: dict[int, tuple[Request, Future[Any]]] = {}
         self._controls = make_controls(self._core, args, checkpoint)
-        weights = self._weights = ReceivedWeights()
+        weights = ReceivedWeights()
         self._controls.table |= {
             "receive_weights": weights.receive,
             "discard_weights": weights.discard,
-            "update_weights": self._update_weights,
+            "update_weights": lambda: self._core.update_weights(weights.take()),
         }
         self._calls: dict[int, tuple[str, Generator[None, None, Any]]] = {}  # those that are under way
         self._inbox, self._outbox = requests, outputs
@@ -199,12 +199,6 @@ class CoreProcess:
             request.status = RequestStatus.FINISHED_ABORTED
             self._send(wire.Step([msgspec.Raw(wire.encode(wire.Update.of(key, SampledUpdate(request, [], True))))], []))
         self._compiling.clear()
-
-    def _update_weights(self) -> None:
-        """Gives the core the weights that have come."""
-        if self._core.runner.is_sleeping and self._core.runner.lacks_weights:
-            raise EngineStateError("the weights sleep: call wake_up(['weights']) first")
-        self._core.update_weights(self._weights.take())
 
     def _refuse_unread(self, frame: bytes, error: Exception) -> None:
         """Refuses the request or call that a message is about which cannot be read."""

@@ -17,6 +17,7 @@ from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
+from jaxengine.runner.weight_update import Weights
 from jaxengine.sampling_params import SamplingParams
 
 
@@ -69,6 +70,7 @@ class LLMEngine(SyncCalls):
         return self._front.default_params.clone()
 
     def next_request_id(self) -> str:
+        """Returns an id that has not been returned before."""
         self._num_requests += 1
         return str(self._num_requests - 1)
 
@@ -173,6 +175,10 @@ class LLMEngine(SyncCalls):
             raise EngineStateError("the engine sleeps: call wake_up() first")
         if self._controls.is_paused():
             raise EngineStateError("generation is paused: call resume_generation() first")
+
+    def update_weights(self, weights: Weights) -> None:
+        """Puts new weights in place of some or all; see `LLM.update_weights`."""
+        self.core.update_weights(weights)
 
     def get_metrics(self) -> list[Metric]:
         """Counters and gauges, by vLLM's names with our prefix."""

@@ -65,6 +65,7 @@ def _is_token_list(value: Any) -> bool:
 
 
 def normalize_prompt(prompt: Any) -> Prompt:
+    """Returns a prompt of any form as a `Prompt`; raises ValueError for what is none."""
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):

@@ -126,6 +126,7 @@ class Rows(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, values: TokenLogprobs) -> Rows:
+        """Makes the message of some log probabilities."""
         return cls(
             (len(values.ranks), values.token_ids.shape[1]),
             values.token_ids.astype(np.int32).tobytes(),
@@ -134,6 +135,7 @@ class Rows(msgspec.Struct, array_like=True):
         )
 
     def values(self) -> TokenLogprobs:
+        """Returns the log probabilities; views of the message."""
         return TokenLogprobs(
             np.frombuffer(self.token_ids, np.int32).reshape(self.shape),
             np.frombuffer(self.logprobs, np.float32).reshape(self.shape),
@@ -156,6 +158,7 @@ class Update(msgspec.Struct, array_like=True):
 
     @classmethod
     def of(cls, key: int, update: SampledUpdate) -> Update:
+        """Makes the message of what a request has gained."""
         request = update.request
         # A stop string is the front's business: the core's reasons are tokens.
         reason = request.stop_reason if isinstance(request.stop_reason, int) else None

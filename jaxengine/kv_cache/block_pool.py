@@ -25,6 +25,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
+        """Pages that nobody holds."""
         return len(self._free)
 
     @property
@@ -75,13 +76,16 @@ class BlockPool:
         return self._page_of.get(block_hash)
 
     def register(self, page: int, block_hash: bytes) -> None:
-        """Names the content of a held page that has no name yet. If another page has the same content, that one stays
-        the cached one."""
+        """Names the content of a held page that has no name yet.
+
+        If another page has the same content, that one stays the cached one.
+        """
         if self.enable_caching and block_hash not in self._page_of:
             self._hash_of[page] = block_hash
             self._page_of[block_hash] = page
 
     def num_free_among(self, pages: Iterable[int]) -> int:
+        """Returns how many of these pages nobody holds."""
         return sum(self.ref_counts[page] == 0 for page in pages)
 
     def reset(self) -> bool:

@@ -74,6 +74,7 @@ class KVCacheManager:
 
     @property
     def num_pages(self) -> int:
+        """Pages in all."""
         return self.pool.num_pages
 
     @property

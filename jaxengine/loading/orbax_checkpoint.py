@@ -44,10 +44,12 @@ class ZarrTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
         return self.store.shape
 
     @property
     def T(self) -> ZarrTensor:
+        """The tensor with its axes in reverse order."""
         return ZarrTensor(self.folder, self.store.T)
 
     def __len__(self) -> int:

@@ -294,7 +294,7 @@ def open_tokenizer(name: str, *, is_local: bool = False) -> Any:
 
 
 def _auto_tokenizer() -> Any:
-    """transformers' AutoTokenizer, imported without its advice to install PyTorch, which is not needed here."""
+    """Returns AutoTokenizer, imported without transformers' advice to install PyTorch, which is not needed here."""
     logger = logging.getLogger("transformers")
 
     def keep(record: logging.LogRecord) -> bool:

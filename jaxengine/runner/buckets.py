@@ -32,10 +32,11 @@ def token_sizes(max_tokens: int, *, coarse: bool) -> list[int]:
 
 
 def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> list[Bucket]:
-    """All shapes, cheapest first. Each token size takes as many sequences as it can hold, and long ones also few:
+    """Returns all shapes, cheapest first.
 
-    logits are computed for every sequence of the shape, and a long prompt on its own should not pay for the others.
-    Of `coarse` sizes, only every second one takes few: 56 rows of logits cost a CPU as much as 20 tokens.
+    Each token size takes as many sequences as it can hold, and long ones also few: logits are computed for every
+    sequence of the shape, and a long prompt on its own should not pay for the others. Of `coarse` sizes, only every
+    second one takes few: 56 rows of logits cost a CPU as much as 20 tokens.
 
     Steps of decodes alone have shapes of their own unless `coarse`: they need no kernel for prompts, and steps with a
     prompt need no shapes below 16 tokens, nor between 16 and 64.

@@ -83,10 +83,12 @@ class StepCompiler:
             self._changed.notify_all()
 
     def is_ready(self, key: Any) -> bool:
+        """Returns whether a program's compilation has ended, well or not."""
         future = self._futures.get(key)
         return future is not None and future.done()
 
     def ready_keys(self) -> list[Hashable]:
+        """Returns the keys of the programs whose compilation has ended."""
         return [key for key, future in self._futures.items() if future.done()]
 
     def get(self, key: Any) -> Any:
@@ -165,7 +167,7 @@ def freeze_heap() -> None:
     """Hides what is there now from Python's garbage collector, until `gc.unfreeze()`.
 
     Tracing and compiling leave a million objects that stay. While steps run, the collector would walk them all every
-    few hundred steps: 100 ms each time (two AVX2 cores, 2026-11-26), for which the device waits.
+    few hundred steps, and the device would wait.
     """
     gc.collect()
     gc.freeze()

@@ -75,9 +75,9 @@ def reserve_small_blocks(put: Callable[[np.ndarray], jax.Array], largest: int) -
     """Reserves blocks for a step's inputs and tokens on a GPU, so that they are never where its temporaries were.
 
     A step is a CUDA graph that has the addresses of its arrays in it. XLA writes those of its parts anew whose arrays
-    are elsewhere than in the step before: for the inputs 0.05 ms on the host, for the temporaries, which all parts
-    use, 0.5 to 0.9 ms with Qwen3-0.6B (H200, jax 0.11.2, 2026-11-26). Temporaries are freed once a step is on its way
-    and allocated again for the next, and any small array that comes or goes between shifts them. JAX's allocator takes
+    are elsewhere than in the step before: cheap for the inputs, as long as half a small model's step for the
+    temporaries, which all parts use. Temporaries are freed once a step is on its way and allocated again for the next,
+    and any small array that comes or goes between shifts them. JAX's allocator takes
     the smallest free block that an array fits into: so there are blocks of each power of two, with arrays between that
     keep them from growing together.
 

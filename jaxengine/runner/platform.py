@@ -28,14 +28,12 @@ def resolve_dtypes(
 
     "auto" is the checkpoint's dtype, with two exceptions: float32 checkpoints run in bfloat16 on accelerators, as in
     vLLM, and CPUs without products in bfloat16 compute in float32, as they do for float16. There XLA's bfloat16 matmuls
-    read weights at 1 GB/s for one row, against 20 GB/s in float32, and are no faster for many (2 AVX2 cores,
-    2026-11-23); with such products they are 2 to 4 times as fast (SmolLM2's matrices, 32 rows: 42 against 133 ms, 256
-    rows: 79 against 313; 2 cores with AMX, 2026-11-23). The cache keeps the checkpoint's dtype on every CPU: half the
-    memory to read, and faster than float32 (1.2 against 1.8 ms a layer, 32 x 192).
+    are far slower than float32's; on CPUs with such products they are faster. The cache keeps the checkpoint's dtype on
+    every CPU: half the memory to read.
 
     So do a 16-bit checkpoint's matrices under float32 where the layers run in a loop: it copies each layer's matrices
-    anyway, and converting them to float32 on the way loses nothing and halves what is read. SmolLM2's step of one token
-    took 28 ms instead of 36, the process 250 MB less. Unrolled layers read float32 in place, 1.5 times as fast.
+    anyway, and converting them to float32 on the way loses nothing and halves what is read. Unrolled layers
+    read float32 in place.
 
     Args:
         dtype: As in `EngineArgs`.
@@ -74,14 +72,11 @@ def resolve_dtypes(
 def compiler_options(platform: str, num_tokens: int) -> dict[str, Any]:
     """XLA's options for a program.
 
-    On CPU, LLVM's level 1 compiles a 135M model's step in 2.5 s instead of 3.4 s, and the step is as fast: the time is
-    in library matmuls (2 cores, 2026-11-23).
+    On CPU, LLVM's level 1 compiles faster, and the step is as fast: the time is in library matmuls.
 
     On GPUs, XLA chooses for each product between cuBLAS and its own kernels in Triton, of which it compiles and times
-    dozens. Up to 32 tokens these are faster (Qwen3-0.6B, one token: 1.31 against 1.58 ms; 16: 1.95 against 2.17).
-    Beyond, cuBLAS alone is as fast or faster (512 tokens: 2.57 against 2.86 ms; Llama-3.1-8B, decode of 64: 9.40
-    against 9.52, of 256: 19.6 against 19.9), and a step of 512 takes 6 s of a CPU to compile instead of 14 to 18
-    (H100, jax 0.11.2, 2026-11-26). Autotuning itself stays: without it a token of Qwen3-0.6B takes 1.71 ms.
+    dozens. Up to `MAX_TOKENS_OF_TRITON` tokens these are faster. Beyond, cuBLAS alone is as fast, and a step
+    compiles in less than half the time. Autotuning itself stays.
 
     Args:
         platform: "cpu", "gpu" or "tpu".

@@ -23,6 +23,7 @@ class StepShape(NamedTuple):
 
     @classmethod
     def of(cls, batches: Sequence[ScheduledBatch]) -> StepShape:
+        """Returns the shape that holds the batches of all shards."""
         return cls(
             max(batch.num_tokens for batch in batches),
             max(len(batch.sequences) for batch in batches),

@@ -25,6 +25,7 @@ class Logprobs(NamedTuple):
 
 
 def empty_logprobs(num_rows: int, num_top: int) -> Logprobs:
+    """Returns zeros in the form of log probabilities."""
     return Logprobs(
         jnp.zeros((num_rows, 1 + num_top), jnp.int32),
         jnp.zeros((num_rows, 1 + num_top), jnp.float32),
@@ -49,8 +50,10 @@ GROUP = 128  # columns
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of f32[R, V] and where they are, equal ones in order; of devices that share the columns, each finds
-    its own first."""
+    """Returns the k largest of f32[R, V] and where they are, equal ones in order.
+
+    Of devices that share the columns, each finds its own first.
+    """
     size = model_axis_size()
     width = x.shape[1] // size
     if size == 1 or x.shape[1] % size or k > width:

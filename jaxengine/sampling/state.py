@@ -36,6 +36,7 @@ class SamplingState:
 
 
 def make_sampling_state(num_rows: int, vocab_size: int) -> SamplingState:
+    """Returns the state of so many rows that nobody uses yet."""
     return SamplingState(
         recent_tokens=jnp.full((num_rows, MAX_BAD_WORD_LEN - 1), -1, jnp.int32),
         output_counts=jnp.zeros((num_rows, vocab_size), jnp.int32),

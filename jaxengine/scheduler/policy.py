@@ -27,6 +27,7 @@ class RequestQueue(list["Request"]):
     """
 
     def add(self, request: Request) -> None:
+        """Puts a request in its place."""
         insort(self, request, key=_sort_key)
 
     def discard(self, request: Request) -> None:

@@ -61,6 +61,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
+        """Requests that hold a slot."""
         return len(self._running)
 
     @property
@@ -69,6 +70,7 @@ class Scheduler:
         return len(self._waiting)
 
     def has_unfinished_requests(self) -> bool:
+        """Returns whether any request waits or runs."""
         return bool(self._requests)
 
     def has_request(self, request_id: str) -> bool:
@@ -150,8 +152,10 @@ class Scheduler:
         return request
 
     def may_repeat(self, num_steps: int, max_tokens: int | None = None) -> bool:
-        """Whether the next step can be planned to run so many times: all requests decode, none waits, there are pages,
-        and nothing has to look at a token before the next is sampled.
+        """Returns whether the next step can be planned to run so many times.
+
+        It can if all requests decode, none waits, there are pages, and nothing has to look at a token before the next
+        is sampled.
 
         Args:
             num_steps: At most `block_size`.

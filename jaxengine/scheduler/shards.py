@@ -34,18 +34,22 @@ class ShardedScheduler:
 
     @property
     def config(self) -> SchedulerConfig:
+        """The configuration, which all shards share."""
         return self.shards[0].config
 
     @property
     def num_running(self) -> int:
+        """Requests that hold a slot, of all shards."""
         return sum(shard.num_running for shard in self.shards)
 
     @property
     def num_waiting(self) -> int:
+        """Requests that wait, of all shards."""
         return sum(shard.num_waiting for shard in self.shards)
 
     @property
     def num_preemptions(self) -> int:
+        """Preemptions so far, of all shards."""
         return sum(shard.num_preemptions for shard in self.shards)
 
     @property
@@ -64,6 +68,7 @@ class ShardedScheduler:
         return sum(shard.kv_cache.usage for shard in self.shards) / len(self.shards)
 
     def has_unfinished_requests(self) -> bool:
+        """Returns whether any request of any shard waits or runs."""
         return any(shard.has_unfinished_requests() for shard in self.shards)
 
     @property

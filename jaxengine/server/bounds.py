@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, override
 
 import msgspec
 from fastapi import Request
@@ -81,6 +81,7 @@ class BoundedRequest(Request):
     """A request whose body is checked against bounds before it is read, and read without holding up the event loop."""
 
     async def json(self) -> Any:
+        """Returns the body's JSON; a large one is decoded in a thread. Raises APIError for what is out of bounds."""
         data = await self.body()
         return _decode(data) if len(data) <= SMALL_BODY else await asyncio.to_thread(_decode, data)
 
@@ -88,6 +89,7 @@ class BoundedRequest(Request):
 class BoundedRoute(APIRoute):
     """A route whose endpoint's body is read by `BoundedRequest`."""
 
+    @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 

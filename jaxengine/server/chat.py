@@ -16,9 +16,10 @@ from jaxengine.server.bounds import BoundedRoute
 from jaxengine.server.generation import Usage, call_ids, finite, generate, prompt_logprobs_json
 from jaxengine.server.parsing.answer import AnswerParser, Part, Reasoning
 from jaxengine.server.parsing.call import Arguments, ToolCall
-from jaxengine.server.protocol import ChatBody, ToolUse, tool_use
+from jaxengine.server.protocol import ChatBody
 from jaxengine.server.state import ServerState
 from jaxengine.server.structured import form_from
+from jaxengine.server.tools import ToolUse, tool_use
 
 router = APIRouter(route_class=BoundedRoute)
 

@@ -52,6 +52,7 @@ class APIError(HTTPException):
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
+        """Returns the answer that tells the error."""
         # ASCII: a message may quote text that is no valid Unicode.
         return Response(json.dumps(self.body()), self.status_code, self.headers, "application/json")
 

@@ -99,6 +99,7 @@ def call_ids(request: Request, kind: str) -> tuple[str, str]:
 
 
 def json_response(body: Any) -> Response:
+    """Returns an answer with a JSON body."""
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
@@ -115,6 +116,7 @@ class EventStream(Response):
         self._events, self._resources, self._deadline = events, resources, deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events until they end or the reader leaves (ASGI)."""
         with self._resources, contextlib.suppress(ClientDisconnected):
             await _unless_disconnected(receive, self._send_all(scope, receive, send))
 
@@ -184,6 +186,7 @@ class Usage:
         self.num_generated += sum(len(completion.token_ids) for completion in output.outputs)
 
     def json(self) -> dict[str, Any]:
+        """Returns the counts as OpenAI tells them."""
         return {
             "prompt_tokens": self.num_prompt,
             "completion_tokens": self.num_generated,
@@ -198,7 +201,7 @@ def finite(logprob: float) -> float:
 
 
 def prompt_logprobs_json(output: RequestOutput) -> list[dict[str, Any] | None] | None:
-    """vLLM's addition to answers: of every token of the prompt an object by token id, null for the first."""
+    """Returns what vLLM adds to answers: of every token of the prompt an object by token id, null for the first."""
     if output.prompt_logprobs is None:
         return None
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -84,6 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_body_bytes = self._num_before = 0
         self._timer: asyncio.TimerHandle | None = None
 
+    @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         if len(self.connections) > self.num_allowed:
@@ -99,12 +100,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._idle[self] = None
         self._timer = self.loop.call_later(HEADER_SECONDS, self._headers_late)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._idle.pop(self, None)
         self._unfinished.pop(self, None)
         self._cancel_timer()
         super().connection_lost(exc)
 
+    @override
     def data_received(self, data: bytes) -> None:
         if self._refused or self.parser is None:
             return
@@ -141,16 +144,19 @@ class BoundedProtocol(HttpToolsProtocol):
             keep = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
             self.timeout_keep_alive_task = keep
 
+    @override
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_headers = self._has_begun = True
         self._num_headers = self._num_header_bytes = self._num_other_bytes = self._num_body_bytes = 0
         self._num_bytes = 0
 
+    @override
     def on_url(self, url: bytes) -> None:
         self._count_header(len(url))
         super().on_url(url)
 
+    @override
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_headers += 1  # those after a chunked body too
         self._count_header(len(name) + len(value))
@@ -162,6 +168,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(431, f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together are accepted")
             raise _RefusedError
 
+    @override
     def on_headers_complete(self) -> None:
         self._cancel_timer()
         self._is_in_headers, self._is_in_body = False, True
@@ -173,6 +180,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise _RefusedError
         super().on_headers_complete()
 
+    @override
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)
         # Whoever reads a body that is too large says so; nobody reads that of a request without a key.
@@ -181,12 +189,14 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         super().on_body(body)
 
+    @override
     def on_message_complete(self) -> None:
         self._is_in_body = False
         self._unfinished.pop(self, None)
         self._cancel_timer()
         super().on_message_complete()
 
+    @override
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():

@@ -37,6 +37,7 @@ class ServerCollector(Collector):
         self._labels = {"model_name": server.settings.served_model_names[0]}
 
     def collect(self) -> Iterator[Metric]:
+        """Yields the engine's metrics, and the server's own."""
         names, values = list(self._labels), list(self._labels.values())
         for metric in self._server.llm.get_metrics():
             if metric.kind == "histogram":
@@ -100,4 +101,5 @@ def make_registry(server: ServerState) -> CollectorRegistry:
 
 
 def render(registry: CollectorRegistry) -> bytes:
+    """Returns all metrics as text."""
     return generate_latest(registry)

@@ -29,6 +29,7 @@ class NameRequests:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Names a request, and answers with the name (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -57,6 +58,7 @@ class RequireKey:
         self._owners = {digest: hmac.digest(secret, digest, "sha256").hex() for digest in self._digests}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request with a key pass; answers others 401 (ASGI)."""
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
@@ -94,6 +96,7 @@ class LimitBody:
         self._app, self._limit = app, max_body_size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request pass whose body is not too large; answers others 413 (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

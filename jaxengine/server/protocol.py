@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, override
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxengine.engine.inputs import Prompt
-from jaxengine.messages import quote
 from jaxengine.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from jaxengine.server import bounds
 from jaxengine.server.bounds import Strict, at_most, first_wrong
 from jaxengine.server.errors import APIError
-from jaxengine.server.forced_calls import forced_calls
 from jaxengine.server.structured import ResponseFormat, StructuredOutputs, structured_outputs
+from jaxengine.server.tools import Tool, ToolChoice
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Texts = Annotated[list[str], at_most(bounds.MAX_WORDS)]
@@ -96,85 +94,6 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Function(Strict):
-    """A function that the model may call; what its parameters are is a JSON schema."""
-
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    """A tool."""
-
-    type: Literal["function"]
-    function: Function
-
-    def shown(self) -> dict[str, Any]:
-        """What the model is shown of it, as the client has given it."""
-        return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
-
-
-class FunctionName(Strict):
-    """Which function."""
-
-    name: str
-
-
-class NamedTool(Strict):
-    """A tool that is to be called."""
-
-    type: Literal["function"]
-    function: FunctionName
-
-
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
-
-
-@dataclass(frozen=True)
-class ToolUse:
-    """What tools mean for an answer.
-
-    Attributes:
-        tools: Those that the model is told of, and may call.
-        form: What the answer must look like where calls are forced: a list of them in JSON; None where they are not.
-    """
-
-    tools: list[Tool]
-    form: StructuredOutputsParams | None = None
-
-
-def tool_use(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool, auto: bool) -> ToolUse:
-    """What a request makes of its tools.
-
-    Args:
-        tools: Those of the request.
-        choice: Its `tool_choice`; by default "auto" if there are tools.
-        parallel: Whether an answer may have several calls.
-        auto: Whether the server can find calls in what the model writes.
-
-    Raises:
-        APIError: The choice does not fit.
-    """
-    choice = choice or ("auto" if tools else "none")
-    if isinstance(choice, NamedTool):
-        called = [tool for tool in tools if tool.function.name == choice.function.name]
-        if not called:
-            raise APIError(400, f"tool_choice: {quote(choice.function.name)} is none of the tools", param="tool_choice")
-        return ToolUse(tools, forced_calls(called, max_calls=1))
-    if choice == "required":
-        if not tools:
-            raise APIError(400, "tool_choice: 'required' needs tools", param="tool_choice")
-        return ToolUse(tools, forced_calls(tools, max_calls=None if parallel else 1))
-    if choice == "none" or not tools:
-        return ToolUse([])
-    if not auto:
-        message = "tools: this server was started without --enable-auto-tool-choice and --tool-call-parser"
-        raise APIError(400, message, param="tools", code="unsupported_field")
-    return ToolUse(tools)
-
-
 class SamplingBody(Body):
     """What all bodies that ask for generation share. Ranges are checked by `SamplingParams`."""
 
@@ -249,6 +168,7 @@ class GenerationBody(SamplingBody):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
@@ -264,9 +184,11 @@ class GenerationBody(SamplingBody):
 
     @property
     def form_field(self) -> str:
+        """The field that asks for a form of the text, for messages."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format"
 
     def form(self) -> StructuredOutputsParams | None:
+        """Returns the form that the text must have; None for any."""
         return structured_outputs(self.response_format, self.structured_outputs)
 
 
@@ -313,6 +235,7 @@ class CompletionBody(GenerationBody):
         return prompts
 
     def sampling_params(self, default: SamplingParams) -> SamplingParams:
+        """Returns the parameters of the body, with defaults for what it leaves out."""
         decided: dict[str, Any] = {"logprobs": self.logprobs}
         if self.prompt_only:
             decided["max_tokens"] = 1  # an engine always samples; nobody sees it
@@ -351,12 +274,14 @@ class ChatBody(GenerationBody, ConversationBody):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
 
+    @override
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError(400, "top_logprobs: only with logprobs=true", param="top_logprobs")
 
     def sampling_params(self, default: SamplingParams, **decided: Any) -> SamplingParams:
+        """Returns the parameters of the body, with defaults for what it leaves out."""
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.make_params(default, max_tokens=longest, logprobs=logprobs, **decided)

@@ -22,10 +22,10 @@ from jaxengine.server.errors import APIError
 from jaxengine.server.generation import Usage, generate, json_response
 from jaxengine.server.parsing.answer import Part, Reasoning
 from jaxengine.server.parsing.call import Arguments, ToolCall
-from jaxengine.server.protocol import ToolUse, tool_use
 from jaxengine.server.responses_protocol import ITEMS, ResponsesBody, chat_messages
 from jaxengine.server.state import ServerState
 from jaxengine.server.structured import form_from
+from jaxengine.server.tools import ToolUse, tool_use
 
 router = APIRouter(route_class=BoundedRoute)
 

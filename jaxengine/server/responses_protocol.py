@@ -12,8 +12,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, fi
 from jaxengine.sampling_params import StructuredOutputsParams
 from jaxengine.server import bounds
 from jaxengine.server.bounds import Strict, at_most, first_wrong
-from jaxengine.server.protocol import FunctionName, NamedTool, SamplingBody, Tool, ToolChoice
+from jaxengine.server.protocol import SamplingBody
 from jaxengine.server.structured import PlainFormat, TextFormat
+from jaxengine.server.tools import FunctionName, NamedTool, Tool, ToolChoice
 
 
 class TextPart(Strict):
@@ -154,9 +155,11 @@ class ResponsesBody(SamplingBody):
 
     @property
     def form_field(self) -> str:
+        """The field that asks for a form of the text, for messages."""
         return "text.format.schema" if self.text.format.type == "json_schema" else "text.format"
 
     def form(self) -> StructuredOutputsParams | None:
+        """Returns the form that the text must have; None for any."""
         return self.text.format.as_params()
 
     def chat_tool_choice(self) -> ToolChoice:

@@ -19,8 +19,8 @@ from jaxengine.server.observe import Observer
 from jaxengine.server.parsing.answer import AnswerParser
 from jaxengine.server.parsing.reasoning import REASONING_STYLES, ReasoningParser
 from jaxengine.server.parsing.tool_calls import TOOL_PARSERS, JSONParser
-from jaxengine.server.protocol import ToolUse
 from jaxengine.server.response_store import ResponseStore
+from jaxengine.server.tools import ToolUse
 
 
 @dataclass(frozen=True)

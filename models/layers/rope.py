@@ -63,7 +63,7 @@ def _yarn(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 
 
 def rope_table(rope: RopeConfig, positions: jax.Array, max_model_len: int) -> RopeTable:
-    """cos and sin of every position, once a step for all layers.
+    """Returns cos and sin of every position, once a step for all layers.
 
     Args:
         rope: The embedding.

@@ -47,6 +47,7 @@ class BenchCase:
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
+        """New tokens of each sequence, and those before them."""
         return [(new, old) for new, old, count in self.seqs for _ in range(count)]
 
     @property
@@ -251,6 +252,8 @@ def measure(case: BenchCase, implementation: str, *, inner: int, repeats: int, r
 
 
 def print_row(row: dict[str, Any], bandwidth: float, rate: float) -> None:
+    """Prints a case's figures as a line of the table."""
+
     def microseconds(name: str) -> str:
         value = row.get(name)
         return f"{value * 1e6:9.1f}" if value else f"{'-':>9}"
@@ -267,6 +270,7 @@ def print_row(row: dict[str, Any], bandwidth: float, rate: float) -> None:
 
 
 def main() -> None:
+    """Runs the cases that the arguments choose."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--only", default="", help="only cases whose name contains this")

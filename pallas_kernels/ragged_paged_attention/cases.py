@@ -63,6 +63,8 @@ BOUNDS = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 5e-3}
 
 @dataclasses.dataclass
 class Inputs:
+    """Arguments of the op, as arrays of NumPy."""
+
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray

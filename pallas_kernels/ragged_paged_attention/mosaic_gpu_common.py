@@ -102,6 +102,7 @@ def split_optional(tile: Tile, refs) -> tuple:
 
 
 def row_layout():
+    """Returns the layout of a number for each row of a tile."""
     return plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -231,6 +232,7 @@ def load_queries(tile: Tile, q_ref, first_token, head, raw, barrier):
 
 
 def query_copies(tile: Tile) -> int:
+    """Returns how many copies bring a tile's queries."""
     return min(tile.tokens, tile.max_query_len)
 
 
@@ -271,6 +273,7 @@ def copy_block(tile: Tile, pages_ref, smem, barrier, page_ids, block, head, coll
 
 
 def block_copies(tile: Tile) -> int:
+    """Returns how many copies bring a block of keys."""
     return tile.block_kv // tile.chunk
 
 
@@ -284,7 +287,6 @@ def widen(tile: Tile, smem, wide):
 
 def zero_tail(tile: Tile, smem, valid):
     """Clears the rows of a block [block_kv, H] of values from `valid` on: they hold anything, and 0 * NaN is NaN."""
-
     values = plgpu.layout_cast(smem[...], plgpu.Layout.WGMMA)
     rows = plgpu.broadcasted_iota(I32, smem.shape, 0, layout=plgpu.Layout.WGMMA)
     smem[...] = jnp.where(rows < valid, values, jnp.zeros_like(values))

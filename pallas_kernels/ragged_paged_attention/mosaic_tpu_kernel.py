@@ -42,6 +42,7 @@ def kernel(*refs, static: Static) -> None:
 
 
 def attend_all(refs: Refs, static: Static) -> None:
+    """Attends for all units, block after block, while the next blocks are on their way."""
     num_units = refs.counts[0]
 
     def next_block(cursor):

@@ -19,8 +19,10 @@ TABLES = 4  # rows of page ids in flight or in use
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What the kernel is compiled for. `width` is the lanes of a cached row; the keys' half is `query_width` wide, or
-    shares it with the values where both fit in 128 lanes (then queries are zero in the values' lanes).
+    """What the kernel is compiled for.
+
+    `width` is the lanes of a cached row; the keys' half is `query_width` wide, or shares it with the values where both
+    fit in 128 lanes (then queries are zero in the values' lanes).
     """
 
     blocks: Blocks
@@ -37,6 +39,7 @@ class Static:
 
     @property
     def block_len(self) -> int:
+        """Tokens of a block of keys."""
         return self.blocks.pages * self.page_size
 
     @property
@@ -51,6 +54,7 @@ class Static:
 
     @property
     def unit_rows(self) -> int:
+        """Rows of a unit of queries."""
         return self.blocks.chunks * CHUNK_ROWS
 
 
@@ -129,6 +133,7 @@ def record(ref, fields, index):
 
 
 def unit_of(refs: Refs, static: Static, index) -> Unit:
+    """Reads a unit's scalars."""
     # The cursors run past the last unit; what they read there is not used.
     length = refs.units.shape[0] // len(UNIT_FIELDS)
     seq, row, num_chunks, position, end = record(refs.units, UNIT_FIELDS, jnp.minimum(index, length - 1))

@@ -17,10 +17,10 @@ from jaxengine.pallas_kernels.skinny_matmul.config import (
 
 
 def has_kernel(x_shape: Sequence[int], weight_shape: Sequence[int], dtype: DTypeLike, *, gated: bool = False) -> bool:
-    """Whether a kernel is worth it on the device that is compiled for: a Hopper, 8 to 256 rows of 16-bit numbers, and
-    below 64 rows a weight of 16 MiB at least.
+    """Returns whether a kernel is worth it on the device that is compiled for.
 
-    Not inside a mesh over whose devices XLA cuts the product: it would not cut a kernel.
+    It is on a Hopper, for 8 to 256 rows of 16-bit numbers, and below 64 rows for a weight of 16 MiB at least. Not
+    inside a mesh over whose devices XLA cuts the product: it would not cut a kernel.
 
     Args:
       x_shape: [T, K], T a multiple of 8.

@@ -64,6 +64,7 @@ def xla_product(x, weight, kind: str):
 
 
 def our_product(x, weight, kind: str, config):
+    """Runs the kernel with a given cut."""
     import jax.numpy as jnp
 
     from jaxengine.pallas_kernels.skinny_matmul.mosaic_gpu import product
@@ -198,6 +199,7 @@ def work(name: str, rows: list[int], num_configs: int, seconds: float) -> None:
 
 
 def describe(error: Exception) -> str:
+    """Returns an error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -240,6 +242,7 @@ def copy_rate() -> float:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
+    """Starts this benchmark in a process of its own."""
     settings = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-m", __spec__.name if __spec__ else __file__, *arguments]
     return subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -282,6 +285,7 @@ def print_rows(name: str, rows: list[dict[str, Any]], rate: float, best: int) ->
 
 
 def main() -> None:
+    """Measures, or tunes, the products that the arguments choose."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 64, 128, 256])
     parser.add_argument("--only", default="", help="only shapes whose name contains this")

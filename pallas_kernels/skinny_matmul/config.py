@@ -15,10 +15,7 @@ from jaxengine.pallas_kernels.target import num_cores, target_device
 ROWS = 64  # of a wgmma
 MIN_ROWS = 8  # fewer are products with vectors, which XLA fuses with what is before and after them
 MAX_ROWS = 256
-# Of few rows, smaller weights are left to XLA, though the kernel alone takes a quarter less time: a step of a model of
-# theirs is bound by the host then, where XLA (jaxlib 0.11.2) spends some 3 us more on each call of a kernel that is not
-# its own. Qwen3-0.6B, H200, with ours and with XLA's, 2026-11-26: 16 sequences 1.71 and 1.67 ms a step (1.67 and 1.08
-# of them on the host), 64 sequences 2.97 and 3.16 (1.6 and 1.04), 256 sequences 8.71 and 8.89.
+# Of few rows, smaller weights are left to XLA: their steps are bound by the host, which calls XLA's own kernels faster.
 MIN_WEIGHT_BYTES = 2**24
 HOST_BOUND_ROWS = 64  # fewer are few
 SMEM_BYTES = 232_448 - 2048  # of a block on Hopper, less what barriers take
@@ -52,6 +49,7 @@ class Config:
 
     @property
     def label(self) -> str:
+        """The cut as a short name."""
         return f"n{self.tile_n}_s{self.splits}_o{self.occupancy}_k{self.tile_k}"
 
     def num_stages(self, num_rows: int, itemsize: int, *, gated: bool) -> int:

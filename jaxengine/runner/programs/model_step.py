@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, override
 
 import jax
 
@@ -38,6 +38,7 @@ class ModelStep(Program):
     def __hash__(self) -> int:
         return hash(self.bucket)  # half the time of a dataclass's own; every step looks up several
 
+    @override
     def define(self, context: ProgramContext) -> Definition:
         arrays, place = context.arrays, context.place
         layout = context.layouts[self.bucket]
@@ -56,10 +57,12 @@ class ModelStep(Program):
         )
 
     @classmethod
+    @override
     def warmup(cls, context: ProgramContext, processors: Sequence[LogitsProcessor]) -> Iterable[tuple[Rank, Program]]:
         for index, bucket in enumerate(context.warmup_order):
             yield (FIRST_STEPS if index < LAZY_SHAPES else STEPS, index), cls(bucket)
 
+    @override
     def compiler_options(self, platform: str) -> dict[str, Any]:
         return compiler_options(platform, self.bucket.num_tokens)
 
@@ -71,6 +74,7 @@ class RepeatedStep(Program):
     bucket: Bucket
     features: Feature = GREEDY
 
+    @override
     def define(self, context: ProgramContext) -> Definition:
         layout = context.layouts[self.bucket]
         sampler = None
@@ -84,6 +88,7 @@ class RepeatedStep(Program):
         )
 
     @classmethod
+    @override
     def warmup(cls, context: ProgramContext, processors: Sequence[LogitsProcessor]) -> Iterable[tuple[Rank, Program]]:
         buckets = repeated_buckets(context)
         for index, features in enumerate(repeated_features(context)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import override
 
 from jaxengine.runner.programs.base import PROMPTS, Argument, Definition, Program, ProgramContext, Rank
 from jaxengine.runner.steps import make_prompt_logprobs
@@ -16,6 +17,7 @@ class PromptLogprobs(Program):
 
     num_tokens: int
 
+    @override
     def define(self, context: ProgramContext) -> Definition:
         config, arrays = context.config, context.arrays
         hidden = arrays.per_shard((self.num_tokens, config.model.hidden_size), config.dtype)
@@ -27,6 +29,7 @@ class PromptLogprobs(Program):
         )
 
     @classmethod
+    @override
     def warmup(cls, context: ProgramContext, processors: Sequence[LogitsProcessor]) -> Iterable[tuple[Rank, Program]]:
         for index, bucket in enumerate(context.warmup_order):
             yield (PROMPTS, index), cls(bucket.num_tokens)

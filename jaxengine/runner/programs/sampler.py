@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import override
 
 import jax
 
@@ -39,6 +40,7 @@ class Sampler(Program):
     features: Feature
     processors: tuple[LogitsProcessor, ...]
 
+    @override
     def define(self, context: ProgramContext) -> Definition:
         arrays, rows = context.arrays, RowLayout(self.num_seqs)
         num_top = context.config.max_logprobs
@@ -58,12 +60,14 @@ class Sampler(Program):
         )
 
     @classmethod
+    @override
     def warmup(cls, context: ProgramContext, processors: Sequence[LogitsProcessor]) -> Iterable[tuple[Rank, Program]]:
         for index, bucket in enumerate(context.warmup_order):
             for features in feature_sets(context):
                 yield (STEPS, index), cls(bucket.num_seqs, features, tuple(processors))
 
     @property
+    @override
     def can_be_stored(self) -> bool:
         return not self.processors
 
@@ -74,12 +78,14 @@ class GrammarMask(Program):
 
     num_seqs: int
 
+    @override
     def define(self, context: ProgramContext) -> Definition:
         logits = context.abstract_logits(self.num_seqs)
         bitmask = context.arrays.per_shard((self.num_seqs, context.arrays.num_mask_words))
         return Definition(mask_logits, (Argument(logits, is_donated=True), Argument(bitmask)), logits.sharding)
 
     @classmethod
+    @override
     def warmup(cls, context: ProgramContext, processors: Sequence[LogitsProcessor]) -> Iterable[tuple[Rank, Program]]:
         for index, bucket in enumerate(context.warmup_order):
             yield (MASKS, index), cls(bucket.num_seqs)
@@ -89,6 +95,7 @@ class GrammarMask(Program):
 class SetSlot(Program):
     """What initialises a row of the sampler's state."""
 
+    @override
     def define(self, context: ProgramContext) -> Definition:
         arrays, replicated = context.arrays, context.place.replicated()
         state, _ = arrays.abstract_state()
@@ -102,6 +109,7 @@ class SetSlot(Program):
         )
 
     @classmethod
+    @override
     def warmup(cls, context: ProgramContext, processors: Sequence[LogitsProcessor]) -> Iterable[tuple[Rank, Program]]:
         yield (FIRST_STEPS, len(context.buckets)), cls()
 

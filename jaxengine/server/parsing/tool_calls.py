@@ -13,6 +13,7 @@ import secrets
 import string
 import uuid
 from collections.abc import Collection, Generator
+from typing import override
 
 from jaxengine.server.parsing.call import Arguments, CallReader, ToolCall, may_be_name
 from jaxengine.server.parsing.python_calls import python_calls
@@ -219,6 +220,7 @@ class MistralParser(ToolParser):
     _CUT_HEADER = re.compile(r"\s*[\w.-]*\s*(?:\[(?:CALL_ID|ARGS)?[\]\w\s]*)*")
     _MAX_HEADER = 200
 
+    @override
     def read_value(self, held: str) -> Steps[None]:
         held += yield from self._read_spaces()
         if self._text.startswith(("{", "[")):
@@ -254,6 +256,7 @@ class GemmaParser(ToolParser):
     markers = (_CODE,)
     leading = ("[", "{", "```json", "```python")
 
+    @override
     def read_value(self, held: str) -> Steps[None]:
         self.between = "```" if "```" in held else ""
         in_code = self._CODE in held

@@ -16,6 +16,7 @@ from jaxengine.bench.presets import CpuRow, GpuRow, cpu_preset, gpu_preset
 from jaxengine.bench.throughput import percentiles
 from jaxengine.bench.workloads import mixed, sharegpt, uniform
 from jaxengine.cli import bench, bench_gpu
+from jaxengine.cli.bench_common import bench_engine_args
 from jaxengine.cli.main import main, parse_args
 from jaxengine.loading.shapes import model_configs
 
@@ -80,11 +81,11 @@ def test_configurations_are_supported():
 
 
 def test_names_become_configurations_and_given_arguments_stay():
-    chosen = bench.bench_engine_args({"model": "qwen3-0.6b", "load_format": "dummy", "max_num_seqs": 3})
+    chosen = bench_engine_args({"model": "qwen3-0.6b", "load_format": "dummy", "max_num_seqs": 3})
     assert chosen["model"] == str(model_configs()["qwen3-0.6b"])
     assert chosen["max_model_len"] == 4608
     assert chosen["skip_tokenizer_init"] is True
-    assert bench.bench_engine_args({"enable_prefix_caching": True})["enable_prefix_caching"] is True
+    assert bench_engine_args({"enable_prefix_caching": True})["enable_prefix_caching"] is True
 
 
 def test_throughput_of_a_model_without_weights(tiny, tmp_path, capsys):
