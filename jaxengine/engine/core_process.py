@@ -195,9 +195,11 @@ class CoreProcess:
 
     def _abort_compiling(self) -> None:
         """Ends the requests whose grammars are not compiled yet: they have come before the pause."""
+        updates = []
         for key, (request, _) in self._compiling.items():
             request.status = RequestStatus.FINISHED_ABORTED
-            self._send(wire.Step([msgspec.Raw(wire.encode(wire.Update.of(key, SampledUpdate(request, [], True))))], []))
+            updates.append(msgspec.Raw(wire.encode(wire.Update.of(key, SampledUpdate(request, [], True)))))
+        self._report(updates)
         self._compiling.clear()
 
     def _refuse_unread(self, frame: bytes, error: Exception) -> None:

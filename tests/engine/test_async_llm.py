@@ -2,15 +2,28 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from jaxengine import LLM, AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams
-from jaxengine.engine import wire
+from jaxengine import (
+    LLM,
+    AsyncLLM,
+    EngineArgs,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+from jaxengine.engine import async_llm, wire
+from jaxengine.engine.calls import EngineStateError
 from jaxengine.engine.core_client import FEW_REQUESTS, EngineDeadError
 from jaxengine.engine.output_processor import OutputProcessor
+from jaxengine.engine.weight_transfer import pieces
+from tests.conftest import write_tiny_model
 
 # Fewer pages than the longest request would take, so that the core has something to refuse.
 ENGINE: dict[str, Any] = {
@@ -318,18 +331,200 @@ def test_what_is_wrong_at_start_is_told(tiny):
         AsyncLLM(EngineArgs(model="/no/such/model"))
 
 
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+async def started(llm: AsyncLLM, request_id: str, params: SamplingParams) -> asyncio.Task:
+    """Begins a request, and waits until it runs."""
+    task = asyncio.create_task(collect(llm, [9, 8, 7], params, request_id))
+    await until(lambda: gauge(llm, "num_requests_running") == 1)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs", "message"),
+    [
+        ("sleep", {"level": 5}, "level=5: expected"),
+        ("wake_up", {"tags": ["x"]}, "tags: 'x': expected"),
+        ("pause_generation", {"mode": "x"}, "mode='x': expected"),
+        ("start_profile", {}, "profiler_dir"),
+        ("_step", {}, "method='_step': expected one of sleep, "),
+        ("sleep", {"level": object()}, "object cannot be sent"),
+    ],
+)
+def test_wrong_calls_are_refused(llm, runner, method, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        runner.run(llm.collective_rpc(method, (), kwargs))
+    assert runner.run(llm.is_paused()) is False
+
+
+def test_what_the_state_forbids_keeps_its_kind(llm, runner):
+    with pytest.raises(EngineStateError, match="start_profile"):
+        runner.run(llm.stop_profile())
+
+
+async def and_leave_awake(llm: AsyncLLM, test: Coroutine[Any, Any, None]) -> None:
+    try:
+        await test
+    finally:
+        llm.abort_all()
+        await llm.wake_up()
+        await llm.resume_generation()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_requests_wait_until_all_is_awake(llm, runner, level):
+    async def run() -> None:
+        (before,) = (await collect(llm, [9, 8, 7], GREEDY))[-1].outputs
+        kept = await started(llm, "kept", LONG)
+        await llm.sleep(level, mode="keep")
+        assert await llm.is_sleeping()
+        held = asyncio.create_task(collect(llm, [9, 8, 7], GREEDY, "held"))
+        num_waiting = 2 if level > 0 else 1  # what is kept has no pages any more, and waits too
+        await until(lambda: gauge(llm, "num_requests_waiting") == num_waiting)
+        await llm.wake_up(["weights"])
+        if level > 0:
+            assert await llm.is_sleeping()
+            with pytest.raises(EngineStateError, match="wake_up"):
+                await llm.resume_generation()
+            assert not held.done()
+            await llm.wake_up(["kv_cache"])
+        assert not await llm.is_sleeping()
+        assert (await held)[-1].outputs[0].token_ids == before.token_ids
+        assert not kept.done()
+        llm.abort("kept")
+        assert (await kept)[-1].outputs[0].finish_reason == "abort"
+
+    runner.run(and_leave_awake(llm, run()))
+
+
+def test_a_pause_ends_keeps_or_waits_for_requests(llm, runner):
+    async def run() -> None:
+        task = await started(llm, "aborted", LONG)
+        await llm.pause_generation()
+        (output,) = (await task)[-1].outputs
+        assert (output.finish_reason, len(output.token_ids) > 0) == ("abort", True)
+        held = asyncio.create_task(collect(llm, [5], GREEDY, "held"))
+        await until(lambda: gauge(llm, "num_requests_waiting") == 1)
+        await llm.resume_generation()
+        assert (await held)[-1].outputs[0].finish_reason == "length"
+
+        middle = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        task = await started(llm, "finished", middle)
+        await llm.pause_generation(wait_for_inflight_requests=True)
+        assert await llm.is_paused()
+        (finished,) = (await asyncio.wait_for(task, 1))[-1].outputs
+        assert finished.finish_reason == "length"
+        await llm.resume_generation()
+
+        task = await started(llm, "kept", middle)
+        await llm.pause_generation(mode="keep")
+        assert await llm.reset_prefix_cache()
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        await llm.resume_generation()
+        assert (await task)[-1].outputs[0].token_ids == finished.token_ids
+
+        task = await started(llm, "endless", LONG)
+        waiting = asyncio.create_task(llm.pause_generation(mode="wait"))
+        while not await llm.is_paused():
+            await asyncio.sleep(0.01)
+        await llm.resume_generation()
+        with pytest.raises(EngineStateError, match="resumed before"):
+            await waiting
+        llm.abort("endless")
+        await task
+
+    runner.run(and_leave_awake(llm, run()))
+
+
+def test_a_pause_ends_requests_whose_grammars_are_being_compiled(llm, runner):
+    """They have come before it. Those that come later are held back."""
+    form = StructuredOutputsParams(regex="(abc|d[e-z]{1,40}){1,40}")
+    params = SamplingParams(max_tokens=5, structured_outputs=form)
+
+    async def run() -> None:
+        processed = llm.input_processor.process_one("g", [9], params)
+        stream = llm.submit([processed])
+        await llm.pause_generation()
+        outputs = [output async for output in stream]
+        assert outputs[-1].outputs[0].finish_reason == "abort"
+        held = asyncio.create_task(collect(llm, [9], params, "h"))
+        await until(lambda: gauge(llm, "num_requests_waiting") == 1)
+        await llm.resume_generation()
+        assert (await held)[-1].finished
+
+    runner.run(and_leave_awake(llm, run()))
+
+
+def test_new_weights_are_sent_in_pieces(llm, tiny, tmp_path, runner, monkeypatch):
+    """And what is wrong with them, or who sends them, changes nothing."""
+    write_tiny_model(tmp_path, seed=1)
+    old, new = (load_file(folder / "model.safetensors") for folder in (tiny, tmp_path))
+    monkeypatch.setattr(async_llm, "pieces", lambda weights: pieces(weights, 20_000))
+
+    sampled = SamplingParams(temperature=20, seed=3, max_tokens=12, ignore_eos=True)
+
+    async def answer() -> list[int]:
+        return list((await collect(llm, [9, 8, 7], sampled))[-1].outputs[0].token_ids)
+
+    async def run() -> None:
+        before = await answer()
+        wrong = [
+            ({"model.norm.weight": np.ones(3, np.float32)}, "model.norm.weight"),
+            ({"nothing": np.ones(1)}, "nothing"),
+        ]
+        for weights, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                await llm.update_weights((new | weights).items())
+            assert await answer() == before
+
+        def breaking():
+            yield from list(new.items())[:9]
+            raise KeyError("the trainer's own")
+
+        with pytest.raises(KeyError):
+            await llm.update_weights(breaking())
+        with pytest.raises(ValueError, match="comes twice"):
+            await llm.update_weights([*new.items(), *new.items()])
+        task = await started(llm, "kept", LONG)
+        with pytest.raises(EngineStateError, match="requests are running"):
+            await llm.update_weights(new.items())
+        await llm.pause_generation(mode="keep")
+        await llm.update_weights(new.items())
+        llm.abort("kept")
+        await task
+        await llm.resume_generation()
+        changed = await answer()
+        assert changed != before
+        with LLM(str(tmp_path), **ENGINE) as offline:
+            (expected,) = offline.generate([[9, 8, 7]], sampled, use_tqdm=False)
+        assert changed == expected.outputs[0].token_ids
+        await llm.update_weights(old.items())
+        assert await answer() == before
+
+    runner.run(and_leave_awake(llm, run()))
+
+
 def test_when_the_core_dies_requests_fail(llm, runner):
     """Must be the last one: nothing runs any more."""
 
     async def die():
         task = asyncio.create_task(collect(llm, [7] * 9, LONG.clone(), "c"))
         await until(lambda: gauge(llm, "num_requests_running") == 1)
+        call = asyncio.create_task(llm.pause_generation(mode="wait"))
+        while not await llm.is_paused():
+            await asyncio.sleep(0.01)
         llm._client._process.kill()
+        with pytest.raises(EngineDeadError, match="exit code -9"):
+            await call
         with pytest.raises(EngineDeadError, match="exit code -9"):
             await task
         with pytest.raises(EngineDeadError):
             await collect(llm, "x", LONG.clone())
         with pytest.raises(EngineDeadError):
             llm.check_health()
+        with pytest.raises(EngineDeadError):
+            await llm.is_sleeping()
 
     runner.run(die())
