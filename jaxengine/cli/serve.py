@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--uvicorn-log-level", choices=LOG_LEVELS, help=text)
     text = "send OpenTelemetry spans of requests there, over HTTP: http://localhost:4318/v1/traces"
     group.add_argument("--otlp-traces-endpoint", metavar="URL", help=text)
+    text = "let clients rule the engine: /sleep, /wake_up, /pause, /resume, /reset_prefix_cache, /start_profile, ..."
+    group.add_argument("--enable-dev-endpoints", action="store_true", help=text)
     add_common_flags(parser)
     add_engine_flags(parser)
     parser.set_defaults(run=run)
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         response_store_size=args.response_store_size,
         log_requests=args.enable_log_requests,
         otlp_traces_endpoint=args.otlp_traces_endpoint,
+        enable_dev_endpoints=args.enable_dev_endpoints,
     )
     if args.otlp_traces_endpoint is not None and not _has_opentelemetry():
         raise ValueError("otlp_traces_endpoint: traces need OpenTelemetry: pip install 'jaxengine[otel]'")

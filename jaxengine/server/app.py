@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from jaxengine import __version__
 from jaxengine.engine.async_llm import AsyncLLM
-from jaxengine.server import chat, completions, page, responses, tokens
+from jaxengine.server import chat, completions, dev, page, responses, tokens
 from jaxengine.server.errors import add_error_handlers
 from jaxengine.server.generation import json_response
 from jaxengine.server.metrics import FORMAT, make_registry, render
@@ -44,6 +44,8 @@ def make_app(llm: AsyncLLM, settings: ServerSettings, tracer: RequestTracer | No
         )
     for part in (completions, chat, responses, tokens, page):
         app.include_router(part.router)
+    if settings.enable_dev_endpoints:
+        app.include_router(dev.router)
     _add_models(app, server)
     _add_probes(app, server)
     return app

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from jaxengine.engine.async_llm import EngineDeadError
+from jaxengine.engine.calls import EngineStateError
 from jaxengine.messages import MAX_QUOTED, shorten
 from jaxengine.workers.pool import WorkerError
 
@@ -67,6 +68,8 @@ def as_api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, EngineDeadError):
         return APIError(503, str(error), code="engine_dead")
+    if isinstance(error, EngineStateError):
+        return APIError(409, str(error), code="wrong_state")
     if isinstance(error, WorkerError):
         return APIError(503, str(error), code="overloaded", headers={"Retry-After": "1"})
     if isinstance(error, TimeoutError):
@@ -97,7 +100,7 @@ def add_error_handlers(app: FastAPI) -> None:
     def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED)
 
-    for kind in (APIError, EngineDeadError, WorkerError, TimeoutError, ValueError, Exception):
+    for kind in (APIError, EngineDeadError, EngineStateError, WorkerError, TimeoutError, ValueError, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(RequestValidationError, handle_validation)
     app.add_exception_handler(StarletteHTTPException, handle_http)

@@ -44,6 +44,7 @@ class ServerSettings:
         response_store_size: Bytes of answers of /v1/responses to keep for later requests; the oldest go first.
         log_requests: Whether a line of the log tells of every request that begins or ends.
         otlp_traces_endpoint: URL to which OpenTelemetry spans of requests are sent; None: nowhere.
+        enable_dev_endpoints: Whether whoever may call the server may pause it, too, and send it to sleep.
 
     Raises:
         ValueError: A value is out of range.
@@ -65,6 +66,7 @@ class ServerSettings:
     response_store_size: int = 64 * 2**20
     log_requests: bool = False
     otlp_traces_endpoint: str | None = None
+    enable_dev_endpoints: bool = False
 
     def __post_init__(self) -> None:
         if not all(self.api_keys):

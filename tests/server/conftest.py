@@ -155,7 +155,7 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
-def servers(tiny, collector) -> Iterator[tuple[Server, Server]]:
+def servers(tiny, collector, session_folder) -> Iterator[tuple[Server, Server]]:
     limits = ("--max-queue", str(MAX_QUEUE), "--max-body-size", str(MAX_BODY_SIZE))
     first = Server(
         tiny,
@@ -165,7 +165,11 @@ def servers(tiny, collector) -> Iterator[tuple[Server, Server]]:
         *("--enable-log-requests", "--otlp-traces-endpoint", collector.url),
     )
     assert first.url  # what it compiles the second one finds in the cache
-    second = Server(tiny, "--served-model-name", README_NAME, "--request-timeout", "1.5")
+    second = Server(
+        tiny,
+        *("--served-model-name", README_NAME, "--request-timeout", "1.5"),
+        *("--enable-dev-endpoints", "--profiler-dir", str(session_folder / "profiles")),
+    )
     yield first, second
     first.close()
     second.close()
@@ -179,7 +183,7 @@ def server(servers) -> Server:
 
 @pytest.fixture(scope="session")
 def open_server(servers) -> Server:
-    """One without keys, in which requests may take 1.5 seconds."""
+    """One without keys, in which requests may take 1.5 seconds, with development endpoints."""
     return servers[1]
 
 
