@@ -134,6 +134,7 @@ class ModelConfig:
         max_model_len: Longest sequence that will be served (0: `max_position_embeddings`). Longrope takes its long
             factors for every sequence when this exceeds the original context, because cached keys cannot be turned
             again when a sequence grows.
+        cache_scales: Keys and values are cached in 8 bits, divided by a scale of each head.
         taps: After how many layers the model returns hidden states besides the last, ascending: 0 are the embeddings,
             L what goes into the final norm.
     """
@@ -168,6 +169,7 @@ class ModelConfig:
     dtype: str | None = None
     tensor_parallel_size: int = 1
     max_model_len: int = 0
+    cache_scales: bool = False
     taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
