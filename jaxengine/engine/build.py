@@ -67,7 +67,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:
-    """The model with its weights, or with random ones for `load_format="dummy"`.
+    """Returns the model with its weights, or with random ones for `load_format="dummy"`.
 
     Raises:
         ValueError: The checkpoint's tensors are not those of the model.

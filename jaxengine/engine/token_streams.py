@@ -112,7 +112,7 @@ class TokenPieces(Mapping[int, str]):
         return len(self.tokenizer)
 
     def is_skipped(self, token_id: int) -> bool:
-        """Whether the token is a special one, which `skip_special_tokens` leaves out."""
+        """Returns whether the token is a special one, which `skip_special_tokens` leaves out."""
         return token_id in self._special_ids or self._token_of(token_id) in self._special_texts
 
     def piece(self, token_id: int) -> str | bytes:
@@ -307,7 +307,7 @@ def _incomplete_tail(table: _PieceTable, prompt_token_ids: Sequence[int]) -> byt
 
 
 def _may_be_utf8(data: bytes) -> bool:
-    """Whether some bytes could follow to make `data` UTF-8."""
+    """Returns whether some bytes could follow to make `data` UTF-8."""
     try:
         codecs.utf_8_decode(data, "strict", False)
     except UnicodeDecodeError:

@@ -95,7 +95,7 @@ def bytes_beside_cache(
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function by another name: that of the program in XLA's profiles."""
+    """Returns a function by another name: that of the program in XLA's profiles."""
 
     def call(*args):
         return function(*args)

@@ -36,7 +36,7 @@ MAX_SECONDS = 180.0  # for one program, or to start; a process that takes longer
 
 
 def choose_num_processes(num_programs: int) -> int:
-    """How many processes lower so many programs: as many as half of the cores, and as are worth starting."""
+    """Returns how many processes lower so many programs: as many as half of the cores, and as are worth starting."""
     return min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, num_programs // PROGRAMS_A_PROCESS)
 
 

@@ -73,11 +73,11 @@ class ProgramStore:
         self._platform = "cuda" if platform == "gpu" else platform  # the name that lowering wants
 
     def lacks(self, key: Program) -> bool:
-        """Whether a program is not there, but could be."""
+        """Returns whether a program is not there, but could be."""
         return key.can_be_stored and not self._file(key).exists()
 
     def exported(self, key: Program, jitted: Any, args: tuple) -> export.Exported | None:
-        """The program of this key, lowered now if it is not there.
+        """Returns the program of this key, lowered now if it is not there.
 
         Returns:
             The program; None if it cannot be kept, and must be lowered in the usual way.
@@ -121,7 +121,7 @@ def _with_checksum(content: bytes) -> bytes:
 
 
 def _checked(data: bytes) -> bytes:
-    """What a file holds after its checksum.
+    """Returns what a file holds after its checksum.
 
     Raises:
         ValueError: It is another one: the file is damaged, and what it holds would be run.
@@ -133,7 +133,7 @@ def _checked(data: bytes) -> bytes:
 
 
 def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
-    """The store in the folder of JAX's compilation cache; None where there is none."""
+    """Returns the store in the folder of JAX's compilation cache; None where there is none."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return None
@@ -143,7 +143,7 @@ def open_store(config: EngineConfig, num_pages: int) -> ProgramStore | None:
 
 
 def _shaping(config: EngineConfig) -> dict[str, Any]:
-    """What programs depend on; unless known to be left out, all."""
+    """Returns what programs depend on; unless known to be left out, all."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     sizes = config.scheduler.max_model_len, config.scheduler.max_num_seqs
     return {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT} | {"scheduler": sizes}
@@ -163,7 +163,7 @@ def _hash_of_sources() -> str:
 
 
 def _sources() -> dict[str, Path]:
-    """All that this package is made of, by name; kernels' tuning files too."""
+    """Returns all that this package is made of, by name; kernels' tuning files too."""
     root = Path(__file__).parents[1]
     found = (
         Path(folder, name)

@@ -18,7 +18,7 @@ BITS = 2
 
 
 def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The `FEW` largest of each row; of equal ones any may be left out.
+    """Returns the `FEW` largest of each row; of equal ones any may be left out.
 
     They are in the `FEW` groups of neighbours whose maxima are largest, so it takes one pass over the logits, and the
     sorting of some hundred numbers.

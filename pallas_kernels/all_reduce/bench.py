@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def reduce_and_norm(variant: str, part, residual, weight, workspace):
-    """A sum over the devices, residual and norm: (new residual, normed)."""
+    """Returns a sum over the devices, residual and norm: (new residual, normed)."""
     from jaxengine.pallas_kernels.all_reduce import mosaic_gpu, reference
 
     norm = {"norm_weight": weight, "norm_eps": EPS, "norm_offset": 0.0}
@@ -82,7 +82,7 @@ def layers(variant: str, x, weight, products, workspace):
 
 
 def workspace_of(variant: str, mesh) -> list[Any]:
-    """One of all devices, zeroed and there; nothing where the variant has none."""
+    """Returns one of all devices, zeroed and there; nothing where the variant has none."""
     import jax
 
     from jaxengine.pallas_kernels.all_reduce import make_workspace

@@ -73,7 +73,7 @@ def our_product(x, weight, kind: str, config):
 
 
 def device_times(runs: list[tuple[Any, list[tuple]]], rounds: int) -> list[list[float]]:
-    """Seconds that the device spends in the kernels of each call, from one profile.
+    """Returns the seconds that the device spends in the kernels of each call, from one profile.
 
     Args:
       runs: functions, each with the arguments of the calls of a round.
@@ -121,7 +121,7 @@ def device_times(runs: list[tuple[Any, list[tuple]]], rounds: int) -> list[list[
 
 
 def _per_call(times: list[float], calls: int) -> list[float]:
-    """The sums of each call's kernels; NaN if the calls' numbers of kernels differ."""
+    """Returns the sums of each call's kernels; NaN if the calls' numbers of kernels differ."""
     if not times or len(times) % calls:
         return [float("nan")]
     each = len(times) // calls
@@ -231,7 +231,7 @@ def measure_norms(rows: list[int]) -> None:
 
 
 def copy_rate() -> float:
-    """Bytes per second, read and written, of a large addition."""
+    """Returns bytes per second, read and written, of a large addition."""
     import jax
     import jax.numpy as jnp
 

@@ -87,7 +87,7 @@ class ProgramContext:
         return warmup_order(self.buckets)
 
     def abstract_leaves(self) -> list[jax.ShapeDtypeStruct]:
-        """The model's parameters as programs take them."""
+        """Returns the model's parameters as programs take them."""
         return list(map(abstract, self.model.leaves, self.leaf_shardings))
 
     def abstract_logits(self, num_seqs: int) -> jax.ShapeDtypeStruct:
@@ -98,7 +98,7 @@ class ProgramContext:
         )
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights on one device."""
+        """Returns the bytes of all weights on one device."""
         return sum(map(bytes_on_a_device, self.model.leaves, self.leaf_shardings))
 
 
