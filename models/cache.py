@@ -21,6 +21,8 @@ from jaxengine.sharding.mesh import MODEL, model_axis_size
 
 MAX_GROUPS = 8
 """Page tables that a step brings to the device at most; more groups would fit a few more tokens."""
+MAX_WASTE = 1.05
+"""How much more memory a sequence may take for the sake of fewer groups."""
 
 
 @dataclass(frozen=True)
@@ -181,17 +183,22 @@ def plan_caches(specs: Sequence[CacheSpec], max_model_len: int) -> CacheLayout:
 
 
 def _num_arrays(kinds: Mapping[PagedKV, Sequence[int]], max_model_len: int) -> int:
-    """Returns how many layers a page serves, so that a sequence of `max_model_len` tokens takes least memory.
+    """Returns how many layers a page serves: as many as may be where a sequence of `max_model_len` takes least memory.
 
     Args:
         kinds: The layers of each kind.
         max_model_len: Tokens of a sequence.
     """
 
-    def cost(num_arrays: int) -> tuple[bool, int, int]:
-        groups = {kind: -(-len(layers) // num_arrays) for kind, layers in kinds.items()}
-        tokens = {kind: min(max_model_len, kind.window or max_model_len) for kind in kinds}
-        numbers = num_arrays * sum(groups[kind] * tokens[kind] * kind.size for kind in kinds)
-        return sum(groups.values()) > MAX_GROUPS, numbers, -num_arrays
+    tokens = {kind: min(max_model_len, kind.window or max_model_len) for kind in kinds}
 
-    return min(range(1, max(map(len, kinds.values())) + 1), key=cost)
+    def groups(num_arrays: int) -> dict[PagedKV, int]:
+        return {kind: -(-len(layers) // num_arrays) for kind, layers in kinds.items()}
+
+    def size(num_arrays: int) -> int:
+        return num_arrays * sum(count * tokens[kind] * kind.size for kind, count in groups(num_arrays).items())
+
+    most = max(map(len, kinds.values()))
+    allowed = [n for n in range(1, most + 1) if n == most or sum(groups(n).values()) <= MAX_GROUPS]
+    smallest = min(map(size, allowed))
+    return max(n for n in allowed if size(n) <= MAX_WASTE * smallest)

@@ -143,8 +143,6 @@ class CausalLM(nnx.Module):
             raise ValueError("caches and step go together; give both, or neither for training")
         if caches is None or step is None:
             caches = [None] * (1 if isinstance(self.layers, LayerStack) else len(self.layers))
-            if self.config.cache_layout.states:
-                raise ValueError("layers with a state of their own cannot run without caches")
             step = StepContext(segment_ids=inputs.segment_ids())
         step = self._complete(step, inputs, caches)
         x, taps, caches = self._run_layers(self.embed(inputs), caches, step)

@@ -154,9 +154,8 @@ class SlotTable:
     def __init__(self, num_slots: int, tables: PageTables, vocab_size: int):
         self.vocab_size = vocab_size
         self.page_tables = [np.zeros((num_slots, width), np.int32) for width in tables.full_widths]
-        self._finest = tables.finest
-        # Of each group; read one by one for each step, which lists are made for.
-        self.num_pages = [[0] * len(self.page_tables) for _ in range(num_slots)]
+        # Of each group and slot; read one by one for each step, which lists are made for.
+        self.num_pages = [[0] * num_slots for _ in self.page_tables]
         self._layout = RowLayout(num_slots)
         self._rows = np.zeros(self._layout.size, np.int32)
         self.min_tokens = np.zeros(num_slots, np.int32)
@@ -164,7 +163,8 @@ class SlotTable:
     def take(self, sequence: ScheduledSequence, seed: int, processors: int) -> Feature:
         """Fills a slot for the request that has taken it; returns the request's features."""
         params, slot = sequence.request.sampling_params, sequence.slot
-        self.num_pages[slot] = [0] * len(self.page_tables)
+        for num_pages in self.num_pages:
+            num_pages[slot] = 0
         self.min_tokens[slot] = params.min_tokens
         features = request_features(params)
         values = dict.fromkeys(INT_FIELDS + FLOAT_FIELDS, 0) | {
@@ -191,14 +191,14 @@ class SlotTable:
 
     def update_pages(self, sequences: Sequence[ScheduledSequence]) -> None:
         """Notes the pages that sequences have gained."""
-        num_pages, finest = self.num_pages, self._finest
-        for sequence in sequences:
-            slot, page_ids = sequence.slot, sequence.page_ids
-            known = num_pages[slot]
-            if len(page_ids[finest]) > known[finest]:
-                for group, own in enumerate(page_ids):
-                    self.page_tables[group][slot, known[group] : len(own)] = own[known[group] :]
-                    known[group] = len(own)
+        for group, table in enumerate(self.page_tables):
+            num_pages = self.num_pages[group]
+            for sequence in sequences:
+                slot, own = sequence.slot, sequence.page_ids[group]
+                known = num_pages[slot]
+                if len(own) > known:
+                    table[slot, known : len(own)] = own[known:]
+                    num_pages[slot] = len(own)
 
 
 def request_features(params) -> Feature:

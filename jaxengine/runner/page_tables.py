@@ -46,14 +46,12 @@ class PageTables:
     Attributes:
         full_widths: Of each group: pages of the longest sequence, and one more, since a step that is run several times
             goes on beyond its end.
-        finest: Number of the group with the smallest pages: it gets a new one whenever another does.
     """
 
     def __init__(self, groups: Sequence[PageGroup], max_model_len: int):
         """Takes the groups, and tokens of the longest sequence."""
         self._groups = groups
         self.full_widths = [group.num_pages(max_model_len) + 1 for group in groups]
-        self.finest = min(range(len(groups)), key=lambda index: groups[index].page_size)
 
     def of_bucket(self, bucket: Bucket) -> list[PageTable]:
         """Returns the table of each group in steps of a bucket."""
