@@ -189,7 +189,6 @@ def _num_arrays(kinds: Mapping[PagedKV, Sequence[int]], max_model_len: int) -> i
         kinds: The layers of each kind.
         max_model_len: Tokens of a sequence.
     """
-
     tokens = {kind: min(max_model_len, kind.window or max_model_len) for kind in kinds}
 
     def groups(num_arrays: int) -> dict[PagedKV, int]:
