@@ -195,8 +195,8 @@ class StepPrograms:
     def repeated(self, bucket: Bucket, wanted: int) -> Callable | None:
         """Returns the program that runs decode steps of a shape `NUM_REPEATS` times.
 
-        None where there is none, or none yet. No step waits for it, and with `warmup="none"` only `compile_ahead` has it
-        compiled.
+        None where there is none, or none yet. No step waits for it, and with `warmup="none"` only `compile_ahead` has
+        it compiled.
 
         Args:
             bucket: The shape.
