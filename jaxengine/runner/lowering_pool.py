@@ -1,7 +1,7 @@
 """Processes that lower programs into the store of an engine that starts, beside it.
 
-Tracing a step and lowering its kernels is Python, seconds a shape, one at a time in one process, whose steps wait for it
-as well. Here other processes do that, which need no device, and the engine's own reads what they have written.
+Tracing a step and lowering its kernels is Python, seconds a shape, one at a time in one process, whose steps wait for
+it as well. Here other processes do that, which need no device, and the engine's own reads what they have written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Keeps lowered programs on disk, beside the compiled ones, so that a warm start runs none of the Python behind them.
 
 JAX's own cache spares XLA's part of a compilation. The part before it, tracing a model and lowering its kernels, is
-Python that takes seconds a step on a GPU, one step at a time: all steps are minutes. What comes of it is StableHLO, which
-`jax.export` reads back in milliseconds.
+Python that takes seconds a step on a GPU, one step at a time: all steps are minutes. What comes of it is StableHLO,
+which `jax.export` reads back in milliseconds.
 """
 
 from __future__ import annotations
