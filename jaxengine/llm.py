@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -176,6 +176,25 @@ class LLM:
     def wake_up(self) -> None:
         """Takes the device memory back after `sleep`."""
         self.llm_engine.wake_up()
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Puts new weights in place of some or all, as from a trainer. Nothing is compiled again.
+
+        All names, shapes and dtypes are checked before anything changes. Arrays on the engine's devices are put where
+        they belong without a copy through the host, and stay the caller's. Cached prefixes are forgotten.
+
+        Args:
+            weights: Pairs of a tensor's name in the checkpoint ("model.layers.0.self_attn.q_proj.weight") and an array
+                of NumPy or JAX with its shape there. Those that are not named stay as they are. Numbers are converted
+                to the dtype that the engine holds. `jaxengine.loading.loader.named_weights` gives those of a model
+                that is being trained.
+
+        Raises:
+            ValueError: A name is not part of the model or comes twice, or a shape or dtype is wrong; then nothing has
+                changed.
+            RuntimeError: Requests are running, or the engine sleeps.
+        """
+        self.llm_engine.update_weights(weights)
 
     def wait_until_warm(self) -> None:
         """Waits until every step shape is compiled: from then on nothing is compiled any more."""

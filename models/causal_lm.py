@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,12 +13,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig, common_fields
-from jaxengine.models.layer_stack import LayerStack
+from jaxengine.models.layer_stack import LayerStack, are_alike
 from jaxengine.models.layers.attention import Attention
 from jaxengine.models.layers.embedding import Embedding
-from jaxengine.models.layers.linear import Linear, matmul
+from jaxengine.models.layers.linear import Linear
+from jaxengine.models.layers.matrix import Formats, LayerBuilder, MatrixLayer
 from jaxengine.models.layers.mlp import GatedMLP
 from jaxengine.models.layers.norm import LayerNorm, PendingResidual, RMSNorm, add_up
+from jaxengine.models.layers.param import ParameterSpec, spec_of
 from jaxengine.models.layers.rope import rope_table
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.step import ModelInputs, ModelOutputs, StepContext
@@ -38,12 +39,12 @@ class DecoderLayer(nnx.Module):
 
     mlp_class: ClassVar[Any] = GatedMLP
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, layer: int, build: LayerBuilder):
         """Makes layer number `layer`. The number itself is not kept, or no two layers would be alike."""
-        self.input_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
-        self.self_attn = Attention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
-        self.mlp = self.mlp_class(config, dtype=dtype, rngs=rngs)
+        self.input_layernorm = make_norm(config, build.at("input_layernorm"))
+        self.self_attn = Attention(config, layer, build.at("self_attn"))
+        self.post_attention_layernorm = make_norm(config, build.at("post_attention_layernorm"))
+        self.mlp = self.mlp_class(config, build.at("mlp"))
 
     @jax.jit
     def __call__(
@@ -60,32 +61,45 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     A family sets `layer_class`, reads its configuration in `read_config` and, where its tensors have other names than
-    Llama's, overrides `weight_map`.
+    Llama's, overrides `checkpoint_layers`.
     """
 
     layer_class: ClassVar[Any] = DecoderLayer
-    fused_weights: ClassVar[dict[str, tuple[str, ...]]] = {
-        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-        "gate_up_proj": ("gate_proj", "up_proj"),
-    }
-    """Our fused layers, and the tensors that they are in a checkpoint."""
+    has_fused_tensors: ClassVar[bool] = False
+    """Whether a checkpoint has our fused layers as they are, and not a layer for each of their parts."""
     base_prefix: ClassVar[str] = "model."
     """Prefix of all names but the head's; checkpoints of the bare model lack it."""
     ignored_tensors: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
     """Endings of tensors that old checkpoints hold and nothing needs."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs | None = None):
-        """Makes the model; without `rngs` its parameters are abstract, for the loader to fill."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+        formats: Formats | None = None,
+    ):
+        """Makes the model; without `rngs` its parameters are abstract, for the loader to fill.
+
+        Args:
+            config: Which model.
+            dtype: Dtype of activations, and of all parameters that have no format.
+            rngs: See `make_parameter`.
+            formats: Chooses the format of each matrix; None holds all of them as they are, in `dtype`.
+        """
+        build = LayerBuilder(dtype, rngs, formats, config.tensor_parallel_size)
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self._add_embeddings(config, build)
         self.layers = nnx.List(
-            [self.layer_class(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
+            [self.layer_class(config, layer, build.at("layers").at(layer)) for layer in range(config.num_layers)]
         )
-        self.norm = make_norm(config, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(config, build.at("norm"))
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, (axes.VOCAB, axes.EMBED), dtype=dtype, rngs=rngs
-            )
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, (axes.VOCAB, axes.EMBED), build.at("lm_head"))
+
+    def _add_embeddings(self, config: ModelConfig, build: LayerBuilder) -> None:
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, build.at("embed_tokens"))
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> ModelConfig:
@@ -93,24 +107,35 @@ class CausalLM(nnx.Module):
         return ModelConfig(architecture=architecture_of(hf), **common_fields(hf))
 
     @classmethod
-    def weight_map(cls, config: ModelConfig) -> dict[str, WeightSpec]:
-        """Where each parameter comes from, by its dotted path."""
-        return {path: WeightSpec(cls.tensor_names(path)) for path in parameters(cls(config))}
+    def checkpoint_layers(cls, layer: str, parts: Sequence[str]) -> tuple[str, ...]:
+        """Returns the names in a checkpoint of the layer at a path: one, or one of each part.
 
-    @classmethod
-    def tensor_names(cls, path: str) -> tuple[str, ...]:
-        """Names in a checkpoint of the parameter at `path`, which differ from it by prefix and fused layers only."""
-        name = path if path.startswith("lm_head.") else cls.base_prefix + path
-        for fused, parts in cls.fused_weights.items():
-            if f".{fused}." in name:
-                return tuple(name.replace(f".{fused}.", f".{part}.") for part in parts)
-        return (name,)
+        Args:
+            layer: Its dotted path, such as "layers.0.self_attn.qkv_proj".
+            parts: Names of its parts, if it is fused.
+        """
+        name = layer if layer == "lm_head" else cls.base_prefix + layer
+        if not parts or cls.has_fused_tensors:
+            return (name,)
+        return tuple(f"{name.rpartition('.')[0]}.{part}" for part in parts)
+
+    def weight_map(self) -> dict[str, WeightSpec]:
+        """Returns where each parameter comes from, by its dotted path; of a model whose layers are not stacked."""
+        return {path: self.weight_spec(path, spec_of(param)) for path, param in parameters(self).items()}
+
+    def weight_spec(self, path: str, spec: ParameterSpec) -> WeightSpec:
+        """Returns where the parameter at `path` comes from."""
+        layer, _, name = path.rpartition(".")
+        parts = [part.name for part in spec.fused_parts] if len(spec.fused_parts) > 1 else []
+        layers = self.checkpoint_layers(layer, parts)
+        names = tuple(f"{layer}.{tensor}" for layer in layers for tensor in spec.tensors or (name,))
+        return WeightSpec(names, decode=spec.decode)
 
     def stack_layers(self) -> bool:
         """Turns the layers into a `LayerStack`, if they differ in nothing but their parameters; says whether."""
         if isinstance(self.layers, LayerStack):
             return True
-        if not self.config.has_equal_layers:
+        if not self.config.has_equal_layers or not are_alike(self.layers):  # formats may differ
             return False
         self.layers = LayerStack(self.layers)
         return True
@@ -188,13 +213,16 @@ class CausalLM(nnx.Module):
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the rows that sample: `[R, D]` to f32[R, V]."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        multiply = functools.partial(matmul, out_dtype=jnp.float32)
+        head: MatrixLayer = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+        def multiply(hidden, matrix):
+            return matrix.multiply(hidden, jnp.float32)
+
         if self.config.tensor_parallel_size > 1 and self.config.vocab_size % self.config.tensor_parallel_size == 0:
             columns = PartitionSpec(None, MODEL)  # each device the logits of its own tokens, and nothing moves
-            specs = (PartitionSpec(), PartitionSpec(MODEL))
+            specs = (PartitionSpec(), head.matrix_places)
             multiply = jax.shard_map(multiply, in_specs=specs, out_specs=columns, check_vma=False)
-        return soft_cap(multiply(hidden, head.weight[...]), self.config.final_soft_cap)
+        return soft_cap(multiply(hidden, head.matrix), self.config.final_soft_cap)
 
 
 def _of_one_device(cache: Any, size: int) -> Any:
@@ -207,8 +235,8 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def make_norm(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None) -> RMSNorm | LayerNorm:
+def make_norm(config: ModelConfig, build: LayerBuilder) -> RMSNorm | LayerNorm:
     """A norm over the model dimension, as the configuration has it."""
     if config.norm == "layer":
-        return LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-    return RMSNorm(config.hidden_size, eps=config.norm_eps, unit_offset=config.norm_unit_offset, dtype=dtype, rngs=rngs)
+        return LayerNorm(config.hidden_size, build, eps=config.norm_eps)
+    return RMSNorm(config.hidden_size, build, eps=config.norm_eps, unit_offset=config.norm_unit_offset)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax import nnx
-from jax.typing import DTypeLike
 
 from jaxengine.models.causal_lm import CausalLM, DecoderLayer, make_norm
 from jaxengine.models.config import FULL, SLIDING, ModelConfig, common_fields
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.step import StepContext
 
@@ -17,11 +16,11 @@ from jaxengine.models.step import StepContext
 class GemmaLayer(DecoderLayer):
     """Norms before and after attention and before and after the MLP (Gemma 2 and 3)."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, layer: int, build: LayerBuilder):
         """Makes layer number `layer`."""
-        super().__init__(config, layer, dtype=dtype, rngs=rngs)
-        self.pre_feedforward_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
-        self.post_feedforward_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
+        super().__init__(config, layer, build)
+        self.pre_feedforward_layernorm = make_norm(config, build.at("pre_feedforward_layernorm"))
+        self.post_feedforward_layernorm = make_norm(config, build.at("post_feedforward_layernorm"))
 
     @jax.jit
     def __call__(self, x: jax.Array, cache: Any, step: StepContext) -> tuple[jax.Array, Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.typing import DTypeLike
 
 from jaxengine.models.causal_lm import CausalLM, DecoderLayer
 from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layers.embedding import Embedding
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.layers.mlp import MLP
+from jaxengine.models.layers.param import ParameterSpec
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.step import ModelInputs
-from jaxengine.models.weights import WeightSpec, parameters
+from jaxengine.models.weights import WeightSpec
 from jaxengine.sharding import axes
 
 TENSOR_NAMES = (
@@ -43,14 +44,17 @@ class GPT2ForCausalLM(CausalLM):
     """GPT-2."""
 
     layer_class = GPT2Layer
+    has_fused_tensors = True
     base_prefix = "transformer."
     ignored_tensors = (".attn.bias", ".attn.masked_bias")  # causal masks
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs | None = None):
-        """Makes the model; without `rngs` its parameters are abstract."""
-        super().__init__(config, dtype=dtype, rngs=rngs)
+    def _add_embeddings(self, config: ModelConfig, build: LayerBuilder) -> None:
+        super()._add_embeddings(config, build)
         self.embed_positions = Embedding(
-            config.max_position_embeddings, config.hidden_size, row_axis=axes.POSITION, dtype=dtype, rngs=rngs
+            config.max_position_embeddings,
+            config.hidden_size,
+            build.at("embed_positions"),
+            row_axis=axes.POSITION,
         )
 
     def embed(self, inputs: ModelInputs) -> jax.Array:
@@ -87,21 +91,18 @@ class GPT2ForCausalLM(CausalLM):
         )
         return ModelConfig(architecture=architecture_of(hf), **fields)
 
-    @classmethod
-    def weight_map(cls, config: ModelConfig) -> dict[str, WeightSpec]:
-        """As in the base class, with GPT-2's names and transposed linear weights."""
-        return {
-            path: WeightSpec(cls.tensor_names(path), transpose=path.endswith("_proj.weight"))
-            for path in parameters(cls(config))
-        }
+    def weight_spec(self, path: str, spec: ParameterSpec) -> WeightSpec:
+        """Returns where the parameter at `path` comes from: as in the base class, linear weights transposed."""
+        return dataclasses.replace(super().weight_spec(path, spec), transpose=path.endswith("_proj.weight"))
 
     @classmethod
-    def tensor_names(cls, path: str) -> tuple[str, ...]:
-        """The one tensor that the parameter at `path` is."""
-        if path.startswith("lm_head."):
-            return (path,)
+    def checkpoint_layers(cls, layer: str, parts: Sequence[str]) -> tuple[str, ...]:
+        """Returns the one name of the layer at a path."""
+        if layer == "lm_head":
+            return (layer,)
+        path = f"{layer}."
         for ours, theirs in TENSOR_NAMES:
             is_inner = ours.startswith(".")
             if is_inner or path.startswith(ours):
                 path = path.replace(ours, theirs, 1)
-        return (cls.base_prefix + path,)
+        return (cls.base_prefix + path.removesuffix("."),)

@@ -15,6 +15,9 @@ from jaxengine.models.layers.norm import add_up
 from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import shift_pages
 
+STACKED = "layers.layer."
+"""How the paths of stacked parameters begin; those of the layers by themselves begin with `layers.0.` and so on."""
+
 
 class LayerStack(nnx.Module):
     """L layers with a leading axis L on every parameter, run by one loop.
@@ -30,11 +33,11 @@ class LayerStack(nnx.Module):
         Raises:
             ValueError: They do.
         """
-        graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
-        if any(graphdef != graphdefs[0] for graphdef in graphdefs):
+        if not are_alike(layers):
             raise ValueError("the layers have different structures")
         self.num_layers = len(layers)
-        self.layer = nnx.merge(graphdefs[0], jax.tree.map(lambda *leaves: _stack(leaves), *states))
+        states = [nnx.state(layer) for layer in layers]
+        self.layer = nnx.merge(nnx.graphdef(layers[0]), jax.tree.map(lambda *leaves: _stack(leaves), *states))
 
     def __call__(
         self, x: jax.Array, cache: Any, step: StepContext, taps: tuple[int, ...] = ()
@@ -68,6 +71,12 @@ class LayerStack(nnx.Module):
 
         x, cache, noted = lax.fori_loop(0, self.num_layers, body, (x, cache, (x,) * len(taps)))
         return x, cache, note(self.num_layers, x, noted)
+
+
+def are_alike(layers: Sequence[nnx.Module]) -> bool:
+    """Whether layers differ in nothing but their parameters."""
+    first, *others = map(nnx.graphdef, layers)
+    return all(graphdef == first for graphdef in others)
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.typing import DTypeLike
 
 from jaxengine.models.causal_lm import CausalLM, make_norm
 from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layers.attention import Attention
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.layers.mlp import GatedMLP
 from jaxengine.models.registry import architecture_of
 from jaxengine.models.step import StepContext
@@ -19,12 +19,12 @@ from jaxengine.models.step import StepContext
 class Olmo2Layer(nnx.Module):
     """Attention and MLP, each followed by its norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, layer: int, build: LayerBuilder):
         """Makes layer number `layer`."""
-        self.self_attn = Attention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
-        self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
-        self.post_feedforward_layernorm = make_norm(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, layer, build.at("self_attn"))
+        self.post_attention_layernorm = make_norm(config, build.at("post_attention_layernorm"))
+        self.mlp = GatedMLP(config, build.at("mlp"))
+        self.post_feedforward_layernorm = make_norm(config, build.at("post_feedforward_layernorm"))
 
     @jax.jit
     def __call__(self, x: jax.Array, cache: Any, step: StepContext) -> tuple[jax.Array, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import SLIDING, ModelConfig, common_fields
@@ -12,7 +12,7 @@ from jaxengine.models.registry import architecture_of
 class Phi3ForCausalLM(CausalLM):
     """Phi-3."""
 
-    fused_weights: ClassVar[dict[str, tuple[str, ...]]] = {}
+    has_fused_tensors = True
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> ModelConfig:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from jaxengine.models.causal_lm import CausalLM
     from jaxengine.models.config import ModelConfig
+    from jaxengine.models.layers.matrix import Formats
 
 MODELS: dict[str, str] = {
     "GPT2LMHeadModel": "gpt2:GPT2ForCausalLM",
@@ -50,20 +51,20 @@ def model_class(architecture: str) -> type[CausalLM]:
     return getattr(importlib.import_module(f"jaxengine.models.{module}"), name)
 
 
-def abstract_model(config: ModelConfig, dtype: DTypeLike, weight_dtype: DTypeLike | None = None) -> CausalLM:
+def abstract_model(
+    config: ModelConfig, dtype: DTypeLike, weight_dtype: DTypeLike | None = None, formats: Formats | None = None
+) -> CausalLM:
     """A model without weights, for the loader to fill and the runner to compile.
 
     Args:
         config: The model.
         dtype: Dtype of activations, and of norms and biases.
-        weight_dtype: Dtype of the matrices; by default `dtype`.
+        weight_dtype: Dtype of the matrices that are held as they are; by default `dtype`.
+        formats: Chooses the format of each matrix; by default all are held as they are.
     """
-    import jax
+    import jax.numpy as jnp
 
-    from jaxengine.models.weights import parameters
+    from jaxengine.models.layers.dense import Dense
 
-    model = model_class(config.architecture)(config, dtype=dtype)
-    for param in parameters(model).values():
-        if weight_dtype is not None and len(param.shape) > 1:
-            param.set_value(jax.ShapeDtypeStruct(param.shape, weight_dtype))
-    return model
+    dense = Dense(jnp.dtype(weight_dtype or dtype).name)
+    return model_class(config.architecture)(config, dtype=dtype, formats=formats or (lambda path, parts: dense))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 
@@ -12,12 +14,18 @@ class WeightSpec:
     """The tensors of a checkpoint that make up one parameter.
 
     Attributes:
-        names: Tensor names, concatenated along the first axis in this order.
-        transpose: The tensors are stored `[in, out]` and are transposed.
+        names: Tensor names, part after part (`ParameterSpec.fused_parts`); with `stack` all parts of the first, then
+            all of the second, and so on.
+        transpose: The tensors are stored `[in, out]` and are transposed: their last two axes are swapped.
+        stack: What the tensors make is laid on a new first axis, such as that of experts.
+        decode: Makes a part of the tensors that are stored of it, equally many for each part, before anything else. It
+            is called with them, and returns an array, or a `StoredTensor` that is read where it is wanted.
     """
 
     names: tuple[str, ...]
     transpose: bool = False
+    stack: bool = False
+    decode: Callable[..., Any] | None = None
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:

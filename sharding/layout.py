@@ -8,7 +8,8 @@ devices or heads of zeros are added, which change nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
 
 Runs = tuple[tuple[int, int], ...]
 """Where the rows of a parameter come from: (first row of the checkpoint's, how many), -1 for rows of zeros. Empty: as
@@ -63,18 +64,50 @@ def head_layout(num_heads: int, num_kv_heads: int, size: int) -> HeadLayout:
     return HeadLayout(size, total, len(kv_heads), q_heads, kv_heads)
 
 
-def fused_runs(parts: Iterable[tuple[int, int, tuple[int, ...]]], size: int) -> Runs:
-    """Rows of a fused parameter, device by device.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one layer of a checkpoint is of an axis of a parameter: the queries' rows of the fused product, or all.
+
+    Attributes:
+        name: Of that layer, such as "q_proj".
+        size: Rows (or columns) that the checkpoint has of it.
+        unit: Rows that no device shares with another, such as those of a head; of no meaning without `units`.
+        units: The checkpoint's unit that each of ours is, or -1 for one of zeros. Empty: all of them in their order, an
+            equal share for each device.
+    """
+
+    name: str
+    size: int
+    unit: int = 0
+    units: tuple[int, ...] = ()
+
+    @property
+    def own_size(self) -> int:
+        """Rows that we have of it, copies and those of zeros included."""
+        return self.unit * len(self.units) if self.units else self.size
+
+    def share(self, num_devices: int) -> tuple[int, tuple[int, ...]]:
+        """Returns the rows of a unit, and the unit that each of ours is, so that devices hold whole units."""
+        return (self.unit, self.units) if self.units else (self.size // num_devices, tuple(range(num_devices)))
+
+    def in_blocks(self, block: int) -> Part:
+        """Returns the same part of an array that has one number for every `block` rows."""
+        return dataclasses.replace(self, size=-(-self.size // block), unit=self.unit // block)
+
+
+def fused_runs(parts: Sequence[Part], num_devices: int) -> Runs:
+    """Returns the rows of a parameter, device by device: each has its share of every part, one after the other.
 
     Args:
-        parts: Of each part: its first row in the checkpoint's tensors laid end to end, rows of a unit (a head), and the
-            unit that each of ours is, or -1.
-        size: Devices, which divides the number of units of every part.
+        parts: Laid end to end in the checkpoint.
+        num_devices: How many share them; it divides the number of units of every part.
     """
     runs: list[tuple[int, int]] = []
-    for device in range(size):
-        for first, rows, units in parts:
-            share = len(units) // size
+    firsts = [0, *itertools.accumulate(part.size for part in parts)]
+    shares = [part.share(num_devices) for part in parts]
+    for device in range(num_devices):
+        for first, (rows, units) in zip(firsts, shares, strict=False):
+            share = len(units) // num_devices
             for unit in units[device * share : (device + 1) * share]:
                 _append(runs, ZEROS if unit == ZEROS else first + unit * rows, rows)
     is_all_in_order = len(runs) == 1 and runs[0][0] == 0

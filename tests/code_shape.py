@@ -39,7 +39,7 @@ ALLOWED = {
     "structured": {"scheduler"},
     "workers": {"loading", "structured"},
     "loading": MODELS,
-    "runner": RUNNER,
+    "runner": {"loading", *RUNNER},
     "engine_args": {"loading", "models", "pallas_kernels", "runner"},
     "engine": ENGINE,
     "llm": ENGINE,

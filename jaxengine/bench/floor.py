@@ -52,6 +52,7 @@ def decode_bytes(config: EngineConfig, batch_size: int, context: float) -> float
 
 def weight_bytes(config: EngineConfig) -> int:
     """Bytes of a device's weights but the embedding table, of which a step reads few rows; a tied one is the head."""
+    from jaxengine.models.layers.param import spec_of
     from jaxengine.models.registry import abstract_model
     from jaxengine.models.weights import parameters
     from jaxengine.sharding.rules import shape_on_a_device
@@ -61,7 +62,7 @@ def weight_bytes(config: EngineConfig) -> int:
     tables = set() if model.tie_word_embeddings else {"embed_tokens.weight"}
     sizes = {"model": model.tensor_parallel_size}
     return sum(
-        math.prod(shape_on_a_device(sizes, p.get_metadata("axes"), p.shape)) * p.dtype.itemsize
+        math.prod(shape_on_a_device(sizes, spec_of(p).axes, p.shape)) * p.dtype.itemsize
         for path, p in found.items()
         if path not in tables
     )

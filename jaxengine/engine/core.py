@@ -15,6 +15,7 @@ from jaxengine.metrics import STEP_TOKENS, Histogram
 from jaxengine.request import Request, RequestStatus
 from jaxengine.runner.model_runner import ModelRunner
 from jaxengine.runner.step_handle import ForwardStep, ShardResult, StepHandle
+from jaxengine.runner.weight_update import Weights
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.scheduler.batch import ScheduledBatch, TokenUpdate
 from jaxengine.scheduler.scheduler import Scheduler
@@ -122,6 +123,25 @@ class EngineCore:
         if self._in_flight is not None:
             self._collect(*self._in_flight)
             self._in_flight = None
+
+    def update_weights(self, weights: Weights) -> None:
+        """Puts new weights in place of some or all, and forgets all cached prefixes. See `LLM.update_weights`.
+
+        Raises:
+            RuntimeError: Requests are running; or see `ModelRunner.update_weights`.
+            ValueError: A name, a shape or a dtype is wrong; then nothing has changed.
+        """
+        if self.has_unfinished_requests():
+            raise RuntimeError("requests are running: finish or abort them before update_weights()")
+        self.drain()
+        try:
+            self.runner.update_weights(weights)
+        except ValueError:
+            raise
+        except BaseException:
+            self.scheduler.reset_prefix_cache()
+            raise
+        self.scheduler.reset_prefix_cache()
 
     def close(self) -> None:
         """Ends the compiler threads and frees the device. Requests must have ended."""

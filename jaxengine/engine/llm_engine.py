@@ -16,6 +16,7 @@ from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
 from jaxengine.metrics import Metric
 from jaxengine.outputs import RequestOutput
+from jaxengine.runner.weight_update import Weights
 from jaxengine.sampling_params import SamplingParams
 
 
@@ -167,6 +168,10 @@ class LLMEngine:
 
         mesh = self.core.runner.programs.context.place.mesh
         self.core.runner.wake_up(lambda: load_weights(self.args, self.checkpoint, self.config, mesh))
+
+    def update_weights(self, weights: Weights) -> None:
+        """Puts new weights in place of some or all; see `LLM.update_weights`."""
+        self.core.update_weights(weights)
 
     @property
     def is_sleeping(self) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import logging
 import math
-import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,22 +15,19 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from jaxengine.loading.checkpoint import Checkpoint, Tensor
+from jaxengine.loading.checkpoint import Checkpoint
+from jaxengine.loading.parameters import read_parameter, unread_parameter
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
-from jaxengine.models.layers.param import initial_value
+from jaxengine.models.layer_stack import STACKED, LayerStack
+from jaxengine.models.layers.matrix import Formats
+from jaxengine.models.layers.param import initial_value, spec_of
 from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
-from jaxengine.sharding.layout import ZEROS, Runs, cut
 from jaxengine.sharding.rules import named_sharding
-
-logger = logging.getLogger(__name__)
 
 NUM_READERS = 4
 """Threads that read, convert and copy tensors: enough to keep a disk busy, few enough to bound the copies alive."""
-CHECKED_AT_ONCE = 2**17
-"""Numbers that fit into a core's cache."""
-_INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 MAPPED_BYTES = 2**29
 """How much of the files may be mapped before it is given back: a process is charged for what it has read of them."""
 
@@ -42,6 +38,7 @@ def load_model(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
     weight_dtype: DTypeLike | None = None,
+    formats: Formats | None = None,
 ) -> CausalLM:
     """Builds a model and fills it from a checkpoint.
 
@@ -53,44 +50,31 @@ def load_model(
         dtype: Dtype of activations and parameters.
         mesh: Where they go; None puts all on the default device.
         weight_dtype: Dtype of the matrices, if it is another one.
+        formats: See `abstract_model`.
 
     Raises:
         ValueError: A tensor is missing, has another shape than the configuration says, or is not part of the model.
     """
-    model = abstract_model(config, dtype, weight_dtype)
+    model = abstract_model(config, dtype, weight_dtype, formats)
     family = type(model)
     available = checkpoint.tensor_names()
     specs = {
-        path: WeightSpec(tuple(_find(name, available, family, checkpoint) for name in spec.names), spec.transpose)
-        for path, spec in family.weight_map(config).items()
+        path: dataclasses.replace(spec, names=tuple(_find(name, available, family, checkpoint) for name in spec.names))
+        for path, spec in model.weight_map().items()
     }
     _check_nothing_is_left(specs, available, config, family, checkpoint)
     params = parameters(model)
 
-    def fill(path: str) -> int:
-        param, spec = params[path], specs[path]
-        tensors = [checkpoint.get(name) for name in spec.names]
-        tensors = [tensor.T if spec.transpose else tensor for tensor in tensors]
-        _check_shapes(path, param, spec, tensors, checkpoint)
-        runs = param.get_metadata("rows"), param.get_metadata("columns")
-        read = functools.partial(_read_slice, tensors, np.dtype(param.dtype), param.shape, runs)
-
-        def read_checked(index: tuple[slice, ...] | None) -> np.ndarray:
-            values = read(index)
-            if not _are_finite(values):
-                names = ", ".join(spec.names)
-                logger.warning("%s of %s has NaN or infinity in it: outputs will be wrong", names, checkpoint.path)
-            return values
-
-        if mesh is None:  # not committed to a device: computations then go wherever their other arguments are
-            param.set_value(jax.device_put(read_checked((slice(None),) * len(param.shape))))
-        else:
-            param.set_value(jax.make_array_from_callback(param.shape, _sharding(param, mesh), read_checked))
+    def load(path: str) -> int:
+        param = params[path]
+        sharding = mesh and _sharding(param, mesh)
+        options = {"path": path, "origin": checkpoint.path}
+        param.set_value(read_parameter(param, specs[path], checkpoint.get, sharding, **options))
         return math.prod(param.shape) * np.dtype(param.dtype).itemsize
 
     mapped = 0
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for num_bytes in pool.map(fill, specs):  # raises the first error
+        for num_bytes in pool.map(load, specs):  # raises the first error
             mapped += num_bytes
             if mapped > MAPPED_BYTES:
                 checkpoint.release()
@@ -118,9 +102,30 @@ def init_dummy(
     key = jax.random.key(seed)
     for index, param in enumerate(parameters(model).values()):
         sharding = mesh and _sharding(param, mesh)
-        make = _dummy_maker(param.shape, np.dtype(param.dtype), param.get_metadata("init"), sharding)
+        make = _dummy_maker(param.shape, np.dtype(param.dtype), spec_of(param).init, sharding)
         param.set_value(make(jax.random.fold_in(key, index)))
     return model
+
+
+def named_weights(model: CausalLM) -> Iterator[tuple[str, jax.Array]]:
+    """Yields a model's weights under the names, and in the form, that its checkpoint has: the inverse of `load_model`.
+
+    Fused layers are taken apart, stacked ones too; rows that several devices hold come once.
+
+    Args:
+        model: A model with weights, such as one that is being trained.
+
+    Raises:
+        ValueError: A matrix is held in a format that a checkpoint does not have.
+    """
+    for path, param in parameters(model).items():
+        own, value = spec_of(param), param[...]
+        paths = [(path, value)]
+        if isinstance(model.layers, LayerStack) and path.startswith(STACKED):
+            rest = path.removeprefix(STACKED)
+            paths = [(f"layers.{layer}.{rest}", value[layer]) for layer in range(model.layers.num_layers)]
+        for path, value in paths:
+            yield from unread_parameter(value, own, model.weight_spec(path, own))
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,95 +138,7 @@ def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: S
 
 
 def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
-    return named_sharding(mesh, param.get_metadata("axes"), param.shape)
-
-
-def _read_slice(
-    tensors: Sequence[Tensor],
-    dtype: np.dtype,
-    shape: tuple[int, ...],
-    runs: tuple[Runs, Runs],
-    index: tuple[slice, ...] | None,
-) -> np.ndarray:
-    """The part `index` of a parameter, in `dtype`, reading no more than that of its tensors.
-
-    Args:
-        tensors: Laid end to end along the first axis.
-        dtype: Of the parameter.
-        shape: Of the parameter.
-        runs: Which of the tensors' rows and columns it holds; see `parameter`.
-        index: Slices of the parameter's axes.
-    """
-    assert index is not None  # JAX passes None for scalars only
-    spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    rows, columns = (
-        cut(order, start, stop) if order else ((start, stop - start),)
-        for order, (start, stop) in zip(runs, [*spans, (0, 1)][:2], strict=True)
-    )
-    out = _empty(tuple(stop - start for start, stop in spans), dtype)
-    row = 0
-    for first, count in rows:
-        for tensor in [None] if first == ZEROS else _overlapping(tensors, first, count):
-            length = count if tensor is None else len(tensor)
-            _copy_columns(out[row : row + length], tensor, columns)
-            row += length
-    return out
-
-
-def _copy_columns(out: np.ndarray, tensor: Tensor | None, columns: Runs) -> None:
-    """Copies runs of a tensor's columns side by side."""
-    if tensor is None or out.ndim == 1:
-        _copy(out, tensor)
-    else:
-        column = 0
-        for first, count in columns:
-            part = out[:, column : column + count]
-            _copy(part, None if first == ZEROS else tensor[:, first : first + count])
-            column += count
-
-
-def _copy(out: np.ndarray, tensor: Tensor | None) -> None:
-    """Copies a tensor, in the dtype of `out`; None stands for zeros."""
-    if tensor is None or isinstance(tensor, np.ndarray):
-        out[...] = 0 if tensor is None else tensor
-    else:
-        tensor.read_into(out)
-
-
-def _are_finite(values: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite.
-
-    These are the largest if the bits are compared as integers: with a sign among positive ones, without among all.
-    """
-    if values.dtype.name not in _INFINITY:
-        return True
-    infinity, size = _INFINITY[values.dtype.name], values.dtype.itemsize
-    bits = values.reshape(-1)
-    for start in range(0, len(bits), CHECKED_AT_ONCE):
-        part = bits[start : start + CHECKED_AT_ONCE]
-        if part.view(f"i{size}").max() >= infinity or part.view(f"u{size}").max() >= infinity + (1 << 8 * size - 1):
-            return False
-    return True
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array on pages of its own: JAX's CPU backend takes over what is aligned to 64 bytes, and copies the rest.
-
-    Not from NumPy, which asks for huge pages: finding them takes most of the time of loading.
-    """
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype).reshape(shape)
-
-
-def _overlapping(tensors: Sequence[Tensor], first: int, count: int) -> list[Tensor]:
-    """The parts of `tensors`, laid end to end, that make up `count` rows from `first` on."""
-    parts, offset = [], 0
-    for tensor in tensors:
-        low, high = max(first - offset, 0), min(first + count - offset, len(tensor))
-        if low < high:
-            parts.append(tensor[low:high])
-        offset += len(tensor)
-    return parts
+    return named_sharding(mesh, spec_of(param).axes, param.shape)
 
 
 def _find(name: str, available: set[str], family: type[CausalLM], checkpoint: Checkpoint) -> str:
@@ -246,19 +163,3 @@ def _check_nothing_is_left(
     if left:
         shown = ", ".join(sorted(left)[:5])
         raise ValueError(f"{len(left)} tensors of {checkpoint.path} are not part of {config.architecture}: {shown}")
-
-
-def _check_shapes(
-    path: str, param: nnx.Param, spec: WeightSpec, tensors: Sequence[Tensor], checkpoint: Checkpoint
-) -> None:
-    """Checks each tensor, not only their sum: parts of a fused weight could have changed places."""
-    parts, columns = param.get_metadata("parts"), param.get_metadata("columns")
-    rest = param.shape[1:] if not columns else (sum(count for first, count in columns if first != ZEROS),)
-    wanted = [(row, *rest) for row in (parts if len(tensors) > 1 else (sum(parts),))]
-    for name, tensor, shape in zip(spec.names, tensors, wanted, strict=True):
-        if tensor.shape != shape:
-            stored = tensor.shape[::-1] if spec.transpose else tensor.shape
-            raise ValueError(
-                f"tensor {name!r} of {checkpoint.path} has shape {stored}; the configuration wants "
-                f"{shape[::-1] if spec.transpose else shape} for {path}"
-            )

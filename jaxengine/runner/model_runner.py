@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import zlib
@@ -22,6 +23,7 @@ from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetS
 from jaxengine.runner.step_handle import ForwardStep, StepHandle, StepOutputs, StepShape
 from jaxengine.runner.step_programs import StepPrograms
 from jaxengine.runner.steps import FlatModel, ForwardOutputs, StepCaches
+from jaxengine.runner.weight_update import Weights, WeightUpdater
 from jaxengine.sampling.logprobs import Logprobs
 from jaxengine.sampling.sampler import EVERY_FEATURE, USES_STATE, Feature, feature_set
 from jaxengine.sampling.state import slot_values
@@ -71,6 +73,31 @@ class ModelRunner:
         self._leaves = self._put(FlatModel(model).leaves)
         release_free_memory()
         self._allocate()
+
+    def update_weights(self, weights: Weights) -> None:
+        """Puts new weights in place of some or all; nothing is compiled again. See `LLM.update_weights`.
+
+        Args:
+            weights: Names as in the checkpoint, and arrays.
+
+        Raises:
+            ValueError: A name, a shape or a dtype is wrong; then nothing has changed.
+            RuntimeError: The engine sleeps; or it has to sleep now, as at level 2, for not all could be put in place.
+        """
+        if self._leaves is None:
+            raise RuntimeError("the engine has no weights while it sleeps: wake_up() before update_weights()")
+        changes = self._updater.check(weights)
+        try:
+            self._updater.apply(changes, self._leaves)
+        except BaseException as error:
+            self.sleep(2)
+            raise RuntimeError(
+                "the new weights could not all be put in place, so the engine sleeps: wake_up() loads its checkpoint"
+            ) from error
+
+    @functools.cached_property
+    def _updater(self) -> WeightUpdater:
+        return WeightUpdater(self.programs.context)
 
     # Running
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxengine.models.layers.param import spec_of
 from jaxengine.sharding.distributed import is_multiprocess
 from jaxengine.sharding.mesh import DATA, MODEL
 from jaxengine.sharding.rules import named_sharding
@@ -78,15 +79,17 @@ class Placement:
         return jax.shard_map(function, in_specs=specs, out_specs=own, axis_names={DATA}, check_vma=False)
 
     def parameters(self, state: nnx.State) -> list[NamedSharding | None]:
-        """Of a model's parameters, in the order of their leaves."""
-        return jax.tree.leaves(
-            jax.tree.map(self._parameter, state, is_leaf=_is_variable), is_leaf=lambda leaf: leaf is None
-        )
+        """Of a model's parameters: one for each of its leaves, in their order.
+
+        A parameter is one array; a matrix of several arrays is several parameters of its layer.
+        """
+        variables = jax.tree.leaves(state, is_leaf=_is_variable)
+        return [self._parameter(variable) for variable in variables for _ in jax.tree.leaves(variable)]
 
     def _parameter(self, param: nnx.Variable) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        axes = param.get_metadata("axes")
+        axes = spec_of(param).axes
         stacked = (None,) * (len(param.shape) - len(axes))  # the layers of a `LayerStack`
         return named_sharding(self.mesh, (*stacked, *axes), param.shape)
 

@@ -53,6 +53,12 @@ class FlatModel:
         self.graphdef, self.state = nnx.split(model)
         self.leaves, self.treedef = jax.tree.flatten(self.state)
 
+    def paths(self) -> list[str]:
+        """Returns the dotted path of each leaf."""
+        by_variable = {id(variable): ".".join(map(str, path)) for path, variable in nnx.to_flat_state(self.state)}
+        variables = jax.tree.leaves(self.state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return [by_variable[id(variable)] for variable in variables]
+
     def merge(self, leaves: Sequence[jax.Array]) -> Any:
         """Returns the model with these leaves."""
         return nnx.merge(self.graphdef, self.treedef.unflatten(leaves))

@@ -9,25 +9,25 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.causal_attention import causal_attention
-from jaxengine.models.layers.linear import Linear, split_fused
+from jaxengine.models.layers.linear import Linear
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.models.layers.rope import RopeTable, apply_rope
 from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, ragged_paged_attention
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
-from jaxengine.sharding.layout import fused_runs
+from jaxengine.sharding.layout import Part
 from jaxengine.sharding.mesh import MODEL
 
 
 class Attention(nnx.Module):
     """Projections, optional norms on queries and keys, rotation, attention, output projection."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, layer: int, build: LayerBuilder):
         """Makes the attention of layer number `layer`; only what differs between layers is read by that number."""
         heads = self.heads = config.heads
         self.num_heads, self.num_kv_heads, self.head_dim = heads.num_heads, heads.num_kv_heads, config.head_dim
@@ -36,47 +36,29 @@ class Attention(nnx.Module):
         self.window = config.window(layer)
         self.rotation = config.rotation(layer)
         self.qk_norm = config.qk_norm
-        self.sizes = tuple(n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
-        stored = tuple(n * self.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-        firsts = (0, stored[0], stored[0] + stored[1])
-        units = (heads.q_heads, heads.kv_heads, heads.kv_heads)
-        self.qkv_proj = Linear(
-            config.hidden_size,
-            sum(self.sizes),
-            (axes.QKV_HEADS, axes.EMBED),
-            bias=config.qkv_bias,
-            parts=stored,
-            rows=fused_runs([(first, self.head_dim, u) for first, u in zip(firsts, units, strict=True)], heads.size),
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.o_proj = Linear(
-            self.sizes[0],
-            config.hidden_size,
-            (axes.EMBED, axes.HEADS),
-            bias=config.output_bias,
-            columns=fused_runs([(0, self.head_dim, heads.q_heads)], heads.size),
-            dtype=dtype,
-            rngs=rngs,
-        )
-        if config.qk_norm is not None:
-            self.q_norm, self.k_norm = (
-                self._make_norm(config, part, units, dtype=dtype, rngs=rngs)
-                for part, units in zip(stored[:2], (heads.q_heads, heads.kv_heads), strict=True)
+        q, k, v = (
+            Part(name, num_heads * self.head_dim, self.head_dim, units)
+            for name, num_heads, units in (
+                ("q_proj", config.num_heads, heads.q_heads),
+                ("k_proj", config.num_kv_heads, heads.kv_heads),
+                ("v_proj", config.num_kv_heads, heads.kv_heads),
             )
+        )
+        dim, qkv_bias, output_bias = config.hidden_size, config.qkv_bias, config.output_bias
+        self.qkv_proj = Linear(dim, (q, k, v), (axes.QKV_HEADS, axes.EMBED), build.at("qkv_proj"), bias=qkv_bias)
+        self.o_proj = Linear(q, dim, (axes.EMBED, axes.HEADS), build.at("o_proj"), bias=output_bias)
+        if config.qk_norm is not None:
+            self.q_norm, self.k_norm = (self._make_norm(config, part, build) for part in (q, k))
 
-    def _make_norm(self, config: ModelConfig, part: int, units: tuple[int, ...], *, dtype, rngs) -> RMSNorm:
-        """The norm of queries or keys, `part` numbers of the checkpoint: of each head, or of all together."""
+    def _make_norm(self, config: ModelConfig, part: Part, build: LayerBuilder) -> RMSNorm:
+        """The norm of queries or keys: of each head, or of all together."""
         is_whole = config.qk_norm == "projection"
         return RMSNorm(
-            len(units) * self.head_dim if is_whole else self.head_dim,
+            part if is_whole else self.head_dim,
+            build,
             eps=config.norm_eps,
             unit_offset=config.norm_unit_offset,
             axis=axes.HEADS if is_whole else axes.HEAD_DIM,
-            parts=(part,) if is_whole else (),
-            rows=fused_runs([(0, self.head_dim, units)], self.heads.size) if is_whole else (),
-            dtype=dtype,
-            rngs=rngs,
         )
 
     @functools.partial(jax.jit, static_argnames="allow_partial")
@@ -106,7 +88,7 @@ class Attention(nnx.Module):
             out = causal_attention(*self._heads(qkv, rope), step.segment_ids, **options)
         else:
             out, cache = self._attend(qkv, rope, cache, step.attention[0], options)
-        return self.o_proj(out.reshape(x.shape[0], self.sizes[0]), step, allow_partial=allow_partial), cache
+        return self.o_proj(out.reshape(x.shape[0], -1), step, allow_partial=allow_partial), cache
 
     def _attend(
         self, qkv: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, options: dict[str, Any]
@@ -125,7 +107,7 @@ class Attention(nnx.Module):
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
         num_tokens = qkv.shape[0]
-        q, k, v = split_fused(qkv, self.sizes, self.heads.size)
+        q, k, v = self.qkv_proj.split(qkv)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.reshape(num_tokens, self.num_heads, self.head_dim)

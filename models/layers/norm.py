@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
 
-from jaxengine.models.layers.param import parameter
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.step import NO_CONTEXT, StepContext
 from jaxengine.pallas_kernels.add_norm import add_norm
 from jaxengine.sharding import axes
-from jaxengine.sharding.layout import Runs
+from jaxengine.sharding.layout import Part
 
 
 class PendingResidual(NamedTuple):
@@ -34,29 +33,24 @@ class RMSNorm(nnx.Module):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | Part,
+        build: LayerBuilder,
         *,
         eps: float,
         unit_offset: bool = False,
         axis: str = axes.EMBED,
-        parts: tuple[int, ...] = (),
-        rows: Runs = (),
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
     ):
         """Makes the norm.
 
         Args:
-            dim: Size of the last axis.
+            dim: Size of the last axis, or what it is in a checkpoint.
+            build: Makes the weight.
             eps: Added to the mean square.
             unit_offset: Multiply by `1 + weight` (Gemma) instead of `weight`.
             axis: Logical axis of the weight.
-            parts, rows: As in `parameter`.
-            dtype: Dtype of the weight.
-            rngs: As in `parameter`.
         """
         init = "zeros" if unit_offset else "ones"
-        self.weight = parameter((dim,), (axis,), dtype=dtype, rngs=rngs, init=init, parts=parts, rows=rows)
+        self.weight = build.vector(dim, axis, init=init)
         self.eps = eps
         self.offset = 1.0 if unit_offset else 0.0
 
@@ -81,10 +75,10 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm with bias over the last axis."""
 
-    def __init__(self, dim: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, dim: int, build: LayerBuilder, *, eps: float):
         """Makes the norm; see `RMSNorm`."""
-        self.weight = parameter((dim,), (axes.EMBED,), dtype=dtype, rngs=rngs, init="ones")
-        self.bias = parameter((dim,), (axes.EMBED,), dtype=dtype, rngs=rngs, init="zeros")
+        self.weight = build.vector(dim, axes.EMBED, init="ones")
+        self.bias = build.vector(dim, axes.EMBED, init="zeros")
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., dim] -> [..., dim]

@@ -29,7 +29,9 @@ from jaxengine.models.cache import PagedKV, SlotState
 from jaxengine.models.causal_lm import CausalLM, DecoderLayer, make_norm
 from jaxengine.models.config import FULL, SLIDING, ModelConfig
 from jaxengine.models.layers.linear import Linear
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.layers.norm import PendingResidual
+from jaxengine.models.layers.param import spec_of
 from jaxengine.models.step import ModelInputs
 from jaxengine.models.weights import parameters
 from jaxengine.sharding import axes
@@ -84,10 +86,10 @@ class ToyConfig(ModelConfig):
 class ToyState(nnx.Module):
     """s = 0.9 s + tanh(W x), which is added to x."""
 
-    def __init__(self, config: ModelConfig, *, dtype, rngs):
-        self.norm = make_norm(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, build: LayerBuilder):
+        self.norm = make_norm(config, build.at("norm"))
         size = config.hidden_size
-        self.proj = Linear(size, size, (axes.EMBED, axes.EMBED), dtype=dtype, rngs=rngs)
+        self.proj = Linear(size, size, (axes.EMBED, axes.EMBED), build.at("proj"))
 
     def __call__(self, x, cache, step):
         x, normed = self.norm.add_and_norm(x, step)
@@ -110,12 +112,12 @@ class ToyState(nnx.Module):
         return PendingResidual(x, out), cache
 
 
-def toy_layer(config: ModelConfig, layer: int, *, dtype, rngs):
+def toy_layer(config: ModelConfig, layer: int, build: LayerBuilder):
     if layer % 3 == 1:
-        return ToyState(config, dtype=dtype, rngs=rngs)
+        return ToyState(config, build)
     if layer % 3 == 2:
         config = dataclasses.replace(config, num_heads=2, num_kv_heads=2)
-    return DecoderLayer(config, layer, dtype=dtype, rngs=rngs)
+    return DecoderLayer(config, layer, build)
 
 
 class ToyForCausalLM(CausalLM):
@@ -154,14 +156,10 @@ def write_weights(folder: Path, config: dict[str, Any]) -> None:
 
     model: Any = init_dummy(ModelConfig.from_hf(config), jnp.float32)
     tensors = {}
-    for path, spec in ToyForCausalLM.weight_map(model.config).items():
-        value = np.asarray(parameters(model)[path][...])
-        if "qkv_proj" in path:
-            heads = model.layers[int(path.split(".")[1])].self_attn.heads
-            first, second = heads.num_heads * 8, (heads.num_heads + heads.num_kv_heads) * 8
-            values = np.split(value, [first, second])
-        else:
-            values = np.split(value, len(spec.names))
+    for path, spec in model.weight_map().items():
+        param = parameters(model)[path]
+        ends = np.cumsum([part.size for part in spec_of(param).fused_parts])[:-1] if len(spec.names) > 1 else []
+        values = np.split(np.asarray(param[...]), ends)
         tensors |= dict(zip(spec.names, map(np.ascontiguousarray, values), strict=True))
     save_file(tensors, folder / "model.safetensors")
 

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from jaxengine import LLM, SamplingParams, StructuredOutputsParams
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers import attention
+from jaxengine.models.layers.param import spec_of
 from jaxengine.models.layers.rope import apply_rope
 from jaxengine.models.registry import model_class
 from jaxengine.models.weights import parameters
@@ -113,11 +114,10 @@ def test_the_sampler_answers_as_on_one_device_and_little_moves(tmp_path):
 
 def write_random_checkpoint(folder: Path) -> None:
     config, rng = ModelConfig.from_hf(CONFIG), np.random.default_rng(0)
-    family = model_class(config.architecture)
-    tensors = {}
-    for path, param in parameters(family(config)).items():
-        for name, rows in zip(family.tensor_names(path), param.get_metadata("parts"), strict=True):
-            shape = (rows, *param.shape[1:])
+    model = model_class(config.architecture)(config)
+    tensors, sources = {}, model.weight_map()
+    for path, param in parameters(model).items():
+        for name, shape in zip(sources[path].names, spec_of(param).part_shapes(), strict=True):
             tensors[name] = np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(size=shape, scale=0.1)
     save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))

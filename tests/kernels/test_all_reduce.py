@@ -24,6 +24,7 @@ from flax import nnx
 
 from jaxengine.engine_args import EngineArgs
 from jaxengine.models.layers.linear import Linear
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.layers.norm import RMSNorm
 from jaxengine.models.step import StepContext
 from jaxengine.pallas_kernels import all_reduce as op
@@ -49,7 +50,7 @@ def check_residual_and_norm(size: int, unit_offset: bool) -> None:
     rng = np.random.default_rng(size)
     parts, weight = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((size, 3, 256), (256,)))
     residual = jnp.broadcast_to(jnp.asarray(rng.normal(size=(3, 256)), jnp.bfloat16), parts.shape)
-    norm = RMSNorm(256, eps=1e-5, unit_offset=unit_offset, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    norm = RMSNorm(256, LayerBuilder(jnp.bfloat16, nnx.Rngs(0)), eps=1e-5, unit_offset=unit_offset)
     norm.weight[...] = weight
 
     def reduce(part, residual):
@@ -81,7 +82,7 @@ def check_plain_sum_where_there_is_no_kernel() -> None:
 
 def check_linear(bias: bool) -> None:
     """A layer whose input the devices share gives the same with a workspace, and changes nothing else of it."""
-    linear = Linear(64, 24, (axes.EMBED, axes.MLP), bias=bias, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    linear = Linear(64, 24, (axes.EMBED, axes.MLP), LayerBuilder(jnp.float32, nnx.Rngs(0)), bias=bias)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32)
     mesh = make_mesh(model=2)
     with jax.set_mesh(mesh):

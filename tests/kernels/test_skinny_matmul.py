@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.matrix import LayerBuilder
 from jaxengine.models.layers.mlp import GatedMLP
 from jaxengine.models.layers.norm import PendingResidual, RMSNorm
 from jaxengine.pallas_kernels.add_norm import add_norm, reference
@@ -234,9 +235,8 @@ def test_layers_use_the_kernels(interpret, monkeypatch):
         {"architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1}
         | {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64}
     )
-    rngs = nnx.Rngs(0)
-    mlp = GatedMLP(config, dtype=jnp.bfloat16, rngs=rngs)
-    norm = RMSNorm(512, eps=1e-5, dtype=jnp.bfloat16, rngs=rngs)
+    build = LayerBuilder(jnp.bfloat16, nnx.Rngs(0))
+    mlp, norm = GatedMLP(config, build), RMSNorm(512, build, eps=1e-5)
     graphdef, state = nnx.split((mlp, norm))
     x, attended = draw(9, (16, 512), (16, 512))
 

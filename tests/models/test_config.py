@@ -12,6 +12,7 @@ import pytest
 
 from jaxengine.models.config import FULL, SLIDING, ModelConfig, RopeConfig
 from jaxengine.models.layers import attention
+from jaxengine.models.layers.param import spec_of
 from jaxengine.models.layers.rope import inverse_frequencies
 from jaxengine.models.registry import MODELS, model_class
 from jaxengine.models.step import ModelInputs, StepContext
@@ -86,11 +87,12 @@ def test_number_of_parameters(name):
     file, expected = WELL_KNOWN[name]
     config = ModelConfig.from_hf(file)
     family = model_class(config.architecture)
-    params = parameters(family(config))  # abstract: takes no memory
+    model = family(config)  # abstract: takes no memory
+    params = parameters(model)
     assert sum(math.prod(param.shape) for param in params.values()) == expected
-    assert family.weight_map(config).keys() == params.keys()
+    assert model.weight_map().keys() == params.keys()
     for param in params.values():
-        assert len(partition_spec(param.get_metadata("axes"))) == len(param.shape)
+        assert len(partition_spec(spec_of(param).axes)) == len(param.shape)
     hash(config)  # modules keep it as a static attribute
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxengine.loading.loader import init_dummy, load_model
+from jaxengine.loading.loader import init_dummy, load_model, named_weights
 from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.param import spec_of
 from jaxengine.models.weights import parameters
 from jaxengine.sharding.mesh import make_mesh
 
@@ -165,4 +167,19 @@ def test_parameters_on_a_mesh():
     assert_same(model, checkpoint.load())
     for path, param in parameters(model).items():
         assert param[...].sharding.mesh == mesh, path
-        assert len(param.get_metadata("axes")) == param.ndim, path
+        assert len(spec_of(param).axes) == param.ndim, path
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama_odd_heads", "llama3", "olmo2", "phi3", "qwen3"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_are_named_as_they_were(case, size):
+    """Transposed, fused, stacked, and as so many devices hold them: with copies and heads of zeros."""
+    checkpoint = ArrayCheckpoint(case)
+    config = dataclasses.replace(ModelConfig.from_hf(checkpoint.config), tensor_parallel_size=size)
+    model = load_model(checkpoint, config, jnp.float32)
+    for _ in range(1 + model.config.has_equal_layers):
+        found = dict(named_weights(model))
+        assert found.keys() == checkpoint.tensors.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, checkpoint.tensors[name], err_msg=name)
+        model.stack_layers()

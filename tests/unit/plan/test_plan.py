@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jaxengine.cli.main import main
+from jaxengine.kv_cache import PageGroup
 from jaxengine.plan import targets
 from jaxengine.plan.planner import Plan, find_collectives
 
@@ -45,10 +46,13 @@ def test_collectives_are_counted_with_their_bytes():
 
 
 def test_sequences_that_fit():
-    plan = Plan("v6e:2x2", "TPU v6 lite", 4, 4, 16, 100, 33, weight_bytes=0, page_bytes=1, memory_bytes=0, num_pages=70)
+    sizes: dict[str, Any] = {"weight_bytes": 0, "page_bytes": 1, "memory_bytes": 0, "num_pages": 70}
+    plan = Plan("v6e:2x2", "TPU v6 lite", 4, 4, 16, 100, 33, groups=(PageGroup(16),), **sizes)
     assert plan.num_sequences(100) == 10  # of 7 pages
     assert plan.num_sequences(33) == 23  # of 3
     assert plan.to_json()["num_sequences_of_max_model_len"] == 10
+    plan = Plan("v6e:2x2", "TPU v6 lite", 4, 4, 16, 100, 33, groups=(PageGroup(16), PageGroup(16, 20)), **sizes)
+    assert plan.num_sequences(100) == 7  # of 7 pages, and 3 that the window sees
 
 
 def test_what_is_wrong_is_said(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.models.layers.linear import CONVERTED_BYTES, matmul
+from jaxengine.models.layers.dense import CONVERTED_BYTES, matmul
 from jaxengine.runner import platform
 from jaxengine.runner.platform import resolve_dtypes
 

@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxengine.loading.loader import _read_slice
+from jaxengine.loading.parameters import fill
 from jaxengine.models.config import ModelConfig
-from jaxengine.sharding.layout import ZEROS, check_divides, cut, fused_runs, head_layout
+from jaxengine.models.layers.param import ParameterSpec
+from jaxengine.sharding.layout import ZEROS, Part, check_divides, cut, head_layout
+
+
+def read(spec: ParameterSpec, tensors: list, index: tuple[slice, slice]) -> np.ndarray:
+    """The part `index` of a parameter of two axes, which is made of these tensors."""
+    spans = (range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True))
+    out = np.full(tuple(map(len, spans)), -1, np.int64)
+    fill(out, spec, [tensors], index)
+    return out
 
 
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 8))
@@ -42,10 +51,10 @@ def test_parts_of_a_parameter_are_read_from_the_right_places(data):
     real, width = len(set(layout.q_heads) - {ZEROS}), 2
     counts = (real, kv, kv)
     tensors = [np.arange(n * width * 5).reshape(-1, 5) + 1000 * i for i, n in enumerate(counts)]
-    firsts = np.cumsum([0, *counts])[:3] * width
     units = (layout.q_heads, layout.kv_heads, layout.kv_heads)
-    rows = fused_runs([(int(first), width, u) for first, u in zip(firsts, units, strict=True)], size)
+    parts = tuple(Part(name, n * width, width, own) for name, n, own in zip("qkv", counts, units, strict=True))
     shape = (sum(map(len, units)) * width, 5)
+    spec = ParameterSpec(shape, "int64", (None, None), parts=(parts, ()), num_devices=size)
     # What each device should hold: its share of every part, one after the other.
     whole = []
     for device in range(size):
@@ -57,14 +66,16 @@ def test_parts_of_a_parameter_are_read_from_the_right_places(data):
     whole = np.concatenate(whole)
     start = data.draw(st.integers(0, shape[0] - 1))
     stop = data.draw(st.integers(start + 1, shape[0]))
-    got = _read_slice(tensors, np.dtype(np.int64), shape, (rows, ()), (slice(start, stop), slice(1, 4)))
+    got = read(spec, tensors, (slice(start, stop), slice(1, 4)))
     np.testing.assert_array_equal(got, whole[start:stop, 1:4])
 
 
 def test_columns_are_read_from_the_right_places():
     tensor = np.arange(12).reshape(2, 6)
     columns = ((2, 4), (ZEROS, 2), (0, 2))
-    got = _read_slice([tensor], np.dtype(np.int64), (2, 8), ((), columns), (slice(None), slice(3, 7)))
+    spec = ParameterSpec((2, 8), "int64", (None, None), parts=((), (Part("", 6, 2, (1, 2, ZEROS, 0)),)))
+    assert spec.runs == ((), columns)
+    got = read(spec, [tensor], (slice(None), slice(3, 7)))
     np.testing.assert_array_equal(got, np.concatenate([tensor, np.zeros((2, 2), int)], axis=1)[:, [5, 6, 7, 0]])
     assert cut(columns, 3, 7) == ((5, 1), (ZEROS, 2), (0, 1))
 
