@@ -52,8 +52,8 @@ def decode_bytes(config: EngineConfig, batch_size: int, context: float) -> float
 
 def weight_bytes(config: EngineConfig) -> int:
     """Bytes of a device's weights but the embedding table, of which a step reads few rows; a tied one is the head."""
+    from jaxengine.models.abstract import abstract_model
     from jaxengine.models.layers.param import spec_of
-    from jaxengine.models.registry import abstract_model
     from jaxengine.models.weights import parameters
     from jaxengine.sharding.rules import shape_on_a_device
 

@@ -17,12 +17,12 @@ from jax.typing import DTypeLike
 
 from jaxengine.loading.checkpoint import Checkpoint
 from jaxengine.loading.parameters import read_parameter, unread_parameter
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layer_stack import STACKED, LayerStack
 from jaxengine.models.layers.matrix import Formats
 from jaxengine.models.layers.param import initial_value, spec_of
-from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.sharding.rules import named_sharding
 

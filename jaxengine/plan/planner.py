@@ -149,7 +149,7 @@ def make_plan(
 
 def _program_context(config: EngineConfig, target: str, devices: list[Any]) -> ProgramContext:
     """Returns what the steps are compiled for: the model over as many of the devices as it takes."""
-    from jaxengine.models.registry import abstract_model
+    from jaxengine.models.abstract import abstract_model
     from jaxengine.runner.programs import ProgramContext
     from jaxengine.sharding.mesh import make_mesh
 

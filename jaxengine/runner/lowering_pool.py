@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jaxengine.config import EngineConfig
-from jaxengine.models.registry import abstract_model
+from jaxengine.models.abstract import abstract_model
 from jaxengine.pallas_kernels.target import num_cores, target_device
 from jaxengine.runner.lowering import lower
 from jaxengine.runner.program_store import jax_options, open_store

@@ -28,9 +28,9 @@ from jaxengine.loading.parameters import (
     pieces,
     warn_not_finite,
 )
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.layer_stack import STACKED
 from jaxengine.models.layers.param import ParameterSpec, spec_of
-from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.runner.programs import ProgramContext
 from jaxengine.sharding.rules import named_sharding
