@@ -122,7 +122,7 @@ class DenseMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape, `[out, in]`."""
+        """`(out, in)`."""
         return self.weight.shape
 
     def multiply(self, x: jax.Array, out_dtype: DTypeLike | None = None, *, allow_kernel: bool = False) -> jax.Array:

@@ -28,7 +28,7 @@ class Matrix(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape, `[out, in]`."""
+        """`(out, in)`, or of several `(experts, out, in)`."""
         ...
 
     def multiply(self, x: jax.Array, out_dtype: DTypeLike | None = None, *, allow_kernel: bool = False) -> jax.Array:
