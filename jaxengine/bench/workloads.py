@@ -64,7 +64,7 @@ def mixed(
     seed: int = 0,
     name: str = "",
 ) -> Workload:
-    """Requests with prompts of [lo, hi] tokens and outputs of [output_lo, output_hi], by default of [lo, hi] too."""
+    """Returns requests with prompts of [lo, hi] tokens and outputs of [output_lo, output_hi], by default the same."""
     out_lo, out_hi = lo if output_lo is None else output_lo, hi if output_hi is None else output_hi
     draw = random.Random(seed).randint
     requests = []

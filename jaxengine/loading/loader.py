@@ -130,7 +130,7 @@ def named_weights(model: CausalLM) -> Iterator[tuple[str, jax.Array]]:
 
 @functools.lru_cache(maxsize=64)
 def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: Sharding | None) -> Any:
-    """One compiled function for all parameters of the same shape."""
+    """Returns one compiled function for all parameters of the same shape."""
     return jax.jit(
         functools.partial(initial_value, shape=shape, dtype=dtype, init=init),
         out_shardings=sharding,
@@ -142,7 +142,7 @@ def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
 
 
 def _find(name: str, available: set[str], family: type[CausalLM], checkpoint: Checkpoint) -> str:
-    """The name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
+    """Returns the name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
     for candidate in (name, name.removeprefix(family.base_prefix)):
         if candidate in available:
             return candidate

@@ -58,12 +58,12 @@ class StepArrays:
         return ForwardOutputs(abstract(logits, self.place.columns_sharding(self.vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
 
     def sums_over_peers(self, num_tokens: int) -> bool:
-        """Whether the devices that share the model hand each other their parts of sums [T, D] in a kernel of ours."""
+        """Returns whether devices hand each other their parts of sums [T, D] in a kernel of ours."""
         x = jax.ShapeDtypeStruct((num_tokens, self.config.model.hidden_size), self.config.dtype)
         return self.config.all_reduce_backend != "reference" and has_kernel(x, self.place.size)
 
     def make_caches(self, num_pages: int) -> StepCaches:
-        """The layers' caches of so many pages a shard, and the workspace of sums over devices, if a step has any."""
+        """Returns the caches of so many pages a shard, and the workspace of sums over devices, if a step has any."""
         config, place, layout = self.config, self.place, self.config.model.cache_layout
         num_pages, num_arrays = place.num_shards * num_pages, layout.num_arrays
         if self._is_stacked:

@@ -34,7 +34,7 @@ class Placement:
         self.num_shards = 1 if mesh is None else mesh.shape[DATA]
 
     def context(self) -> contextlib.AbstractContextManager:
-        """What tracing needs around it."""
+        """Returns what tracing needs around it."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def replicated(self) -> NamedSharding | None:
@@ -114,12 +114,12 @@ def _is_variable(x: Any) -> bool:
 
 
 def abstract(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
-    """The shape, dtype and place of an array."""
+    """Returns the shape, dtype and place of an array."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def bytes_on_a_device(x: Any, sharding: NamedSharding | None) -> int:
-    """Bytes of an array's part on one device."""
+    """Returns the bytes of an array's part on one device."""
     size = x.size * x.dtype.itemsize
     if sharding is None or not x.size:
         return size

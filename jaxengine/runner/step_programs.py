@@ -169,7 +169,7 @@ class StepPrograms:
         self._compiler.get(self._warmup_keys()[0])
 
     def max_ready_tokens(self) -> int | None:
-        """How many tokens the next step may have so that a compiled bucket holds it, however many sequences they are.
+        """Returns how many tokens the next step may have so that a compiled bucket holds it, in however many sequences.
 
         While nothing is compiled yet, as many as the bucket that will be first. None for any number.
         """

@@ -94,7 +94,7 @@ def workspace_of(variant: str, mesh) -> list[Any]:
 
 
 def make_step(body):
-    """A jitted program of `body(*args, workspace)` on each device's part of the arguments and of the workspace."""
+    """Returns a jitted program of `body(*args, workspace)` on each device's part of the arguments."""
     import jax
 
     def step(args, workspace):
