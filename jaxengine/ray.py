@@ -76,7 +76,7 @@ class RayReplicas:
     def generate(
         self, prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """As `LLM.generate`, for a list of prompts.
+        """Does as `LLM.generate`, for a list of prompts.
 
         Raises:
             ValueError: A prompt or parameter is wrong.
@@ -85,7 +85,7 @@ class RayReplicas:
         return self._share_out("generate", prompts, sampling_params)
 
     def chat(self, messages: Sequence[Sequence[Mapping[str, Any]]], sampling_params: Any = None, **options: Any):
-        """As `LLM.chat`, for a list of conversations; parameters and errors as in `generate`."""
+        """Does as `LLM.chat`, for a list of conversations; parameters and errors as in `generate`."""
         return self._share_out("chat", messages, sampling_params, **options)
 
     def shutdown(self) -> None:

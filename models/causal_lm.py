@@ -231,7 +231,7 @@ def _of_one_device(cache: Any, size: int) -> Any:
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap * tanh(x / cap)`, or `x` without a cap."""
+    """Returns `cap * tanh(x / cap)`, or `x` without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 

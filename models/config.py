@@ -233,11 +233,11 @@ class ModelConfig:
         return dataclasses.replace(self, num_layers=min(count, self.num_layers), taps=taps, **kinds)
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens, or None if it sees everything."""
+        """Returns the sliding window of a layer in tokens, or None if it sees everything."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def layer_rope(self, layer: int) -> RopeConfig | None:
-        """Rotary embedding of a layer, or None if it has none."""
+        """Returns the rotary embedding of a layer, or None if it has none."""
         if not self.rope_layers[layer]:
             return None
         is_local = self.layer_types[layer] == SLIDING and self.local_rope is not None
@@ -262,7 +262,7 @@ class ModelConfig:
         return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
 
     def rotation(self, layer: int) -> int | None:
-        """Number in `rotations` of a layer's rotary embedding, or None if it has none."""
+        """Returns the number in `rotations` of a layer's rotary embedding, or None if it has none."""
         rope = self.layer_rope(layer)
         return None if rope is None else self.rotations.index(rope)
 

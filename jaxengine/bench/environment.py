@@ -15,7 +15,7 @@ from jaxengine import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, processor, date and commit."""
+    """Returns versions, devices, processor, date and commit."""
     import jax
 
     return host_environment() | {
@@ -79,7 +79,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def max_rss_bytes(usage: Any) -> int:
-    """`ru_maxrss` in bytes: macOS counts bytes, others KiB."""
+    """Returns `ru_maxrss` in bytes: macOS counts bytes, others KiB."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

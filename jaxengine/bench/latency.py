@@ -22,7 +22,7 @@ The first call of a program takes a GPU 20 to 70 ms."""
 
 
 def skipped_steps(llm: LLM) -> int:
-    """First decode steps of an engine that are not counted."""
+    """Returns how many decode steps of an engine are not counted at first."""
     return PACING_STEPS if llm.llm_engine.config.scheduler.num_scheduler_steps is None else SKIPPED_STEPS
 
 

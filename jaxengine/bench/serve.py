@@ -244,7 +244,7 @@ def arrival_times(num_requests: int, rate: float, *, burstiness: float = 1.0, se
 
 
 def request_body(endpoint: str, model: str, prompt: list[int] | str, output_len: int, options: dict[str, Any]) -> Any:
-    """Body of a request for a stream; a chat's prompt is text."""
+    """Returns the body of a request for a stream; a chat's prompt is text."""
     asked = {"messages": [{"role": "user", "content": prompt}]} if endpoint == "chat" else {"prompt": prompt}
     fields = {"model": model, "max_tokens": output_len, "stream": True, "stream_options": {"include_usage": True}}
     return asked | fields | options

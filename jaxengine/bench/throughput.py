@@ -141,7 +141,7 @@ def _run(llm: LLM, workload: Workload) -> ThroughputResult:
 
 
 def request_params(output_len: int, *, detokenize: bool) -> SamplingParams:
-    """Greedy, and not stopping at EOS."""
+    """Returns parameters that are greedy and do not stop at EOS."""
     return SamplingParams(
         temperature=0.0,
         max_tokens=output_len,
@@ -183,7 +183,7 @@ class StepClock:
         self._last = time.perf_counter()
 
     def tick(self) -> None:
-        """To be called after every `step()`."""
+        """Takes the time after a step; to be called after every `step()`."""
         now, count = time.perf_counter(), self._stats.num_prompt_tokens
         self._calls += 1
         num_steps = self._stats.num_steps_done - self._num_done

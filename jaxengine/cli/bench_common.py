@@ -119,7 +119,7 @@ def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def select_rows[Row](rows: list[Row], name: Callable[[Row], str], text: str | None) -> list[Row]:
-    """Those whose name contains a text, whatever its case.
+    """Returns those whose name contains a text, whatever its case.
 
     Raises:
         ValueError: There is none.

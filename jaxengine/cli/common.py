@@ -64,7 +64,7 @@ class Status:
 
 @contextmanager
 def make_llm(engine_args: dict[str, Any], status: Status) -> Iterator[LLM]:
-    """An `LLM`, shut down at the end; a message says that it is being loaded, and is cleared by the caller.
+    """Gives an `LLM`, shut down at the end; a message says that it is being loaded, and is cleared by the caller.
 
     Raises:
         ValueError: A wrong argument, or a model that cannot be loaded.

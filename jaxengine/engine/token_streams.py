@@ -86,7 +86,7 @@ class TokenPieces(Mapping[int, str]):
             self.kind, self._replacements, self.max_strip = "byte_fallback", replacements, strip["start"]
 
     def table(self, skip_special_tokens: bool) -> _PieceTable:
-        """Token id -> piece, for the two fast kinds: see `_PieceTable`."""
+        """Returns token id -> piece, for the two fast kinds: see `_PieceTable`."""
         return self._tables[skip_special_tokens]
 
     def text_of(self, token_id: int) -> str:

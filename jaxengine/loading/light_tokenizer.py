@@ -139,7 +139,7 @@ class LightTokenizer:
     def batch_decode(
         self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
-        """`decode` for each of several sequences."""
+        """Returns what `decode` gives for each of several sequences."""
         return [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
 
     def tokenize(self, text: str, add_special_tokens: bool = False, **_: Any) -> list[str]:

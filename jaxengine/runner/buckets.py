@@ -70,7 +70,10 @@ def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int, *, decode_onl
 
 
 def warmup_order(buckets: list[Bucket]) -> list[Bucket]:
-    """Most needed first: with one small bucket and the decode of one request everything can run, if slowly."""
+    """Returns the buckets, most needed first.
+
+    With one small bucket and the decode of one request everything can run, if slowly.
+    """
     decodes = [b for b in buckets if b.decode_only]
     any_step = [b for b in buckets if not b.decode_only]
     full = [b for b in any_step if b.num_seqs == max(x.num_seqs for x in any_step if x.num_tokens == b.num_tokens)]

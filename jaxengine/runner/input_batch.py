@@ -186,7 +186,7 @@ class SlotTable:
         return features
 
     def rows(self, slots: np.ndarray) -> np.ndarray:
-        """i32[fields, n]: the sampling parameters of some slots, in the order of `RowLayout`."""
+        """Returns the sampling parameters of some slots, i32[fields, n], in the order of `RowLayout`."""
         return self._layout.table(self._rows)[:, slots]
 
     def update_pages(self, sequences: Sequence[ScheduledSequence]) -> None:
@@ -342,7 +342,10 @@ def _pack_pages(
 def prompt_targets(
     batches: Sequence[ScheduledBatch], orders: Sequence[list[int]], num_tokens: int
 ) -> np.ndarray | None:
-    """i32[shards * T], the prompt token after each row of sequences that ask for its log probability, if any does."""
+    """Returns i32[shards * T]: after each row of sequences that ask for log probabilities, the prompt's next token.
+
+    None if no sequence asks.
+    """
     asks = (
         s.request.sampling_params.prompt_logprobs is not None
         for batch in batches

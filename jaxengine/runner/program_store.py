@@ -150,7 +150,7 @@ def _shaping(config: EngineConfig) -> dict[str, Any]:
 
 
 def jax_options() -> dict[str, Any]:
-    """JAX's options that programs depend on, as they are set."""
+    """Returns JAX's options that programs depend on, as they are set."""
     return {name: getattr(jax.config, name) for name in _OPTIONS}
 
 

@@ -105,7 +105,7 @@ LogitsProcessor = Callable[[jax.Array, LogitsState], jax.Array]
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """i32[S] of f32[S, V]: the whole sampler of a step in which no row has any feature."""
+    """Returns i32[S] of f32[S, V]: the whole sampler of a step in which no row has any feature."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 

@@ -92,7 +92,7 @@ async def delete_response(response_id: str, request: Request) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request) -> Response:
-    """Refused: only responses in the background could be cancelled, and there are none."""
+    """Refuses: only responses in the background could be cancelled, and there are none."""
     _stored(request, response_id, 404, "response_id")
     raise APIError(400, f"response {quote(response_id)} has ended; a running one ends when its client leaves")
 

@@ -163,7 +163,7 @@ class ResponsesBody(SamplingBody):
         return self.text.format.as_params()
 
     def chat_tool_choice(self) -> ToolChoice:
-        """`tool_choice` as chat completions have it."""
+        """Returns `tool_choice` as chat completions have it."""
         if isinstance(self.tool_choice, ResponseNamedTool):
             return NamedTool(type="function", function=FunctionName(name=self.tool_choice.name))
         return self.tool_choice

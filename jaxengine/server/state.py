@@ -156,7 +156,7 @@ class ServerState:
 
     @staticmethod
     def owner(request: Request) -> str:
-        """Names whose request it is, if there are several keys; "" if all is everybody's."""
+        """Returns whose request it is, if there are several keys; "" if all is everybody's."""
         return getattr(request.state, "owner", "")
 
     def cache_salt(self, request: Request, given: str | None) -> str | None:

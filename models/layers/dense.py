@@ -28,7 +28,7 @@ rounds."""
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """`x @ weight.T` with the sums in float32.
+    """Returns `x @ weight.T` with the sums in float32.
 
     Contracting the last axis of both keeps weights in the checkpoint's orientation (no transpose at load) and is what
     CPUs run fastest.

@@ -48,14 +48,14 @@ def reduce_and_norm(variant: str, part, residual, weight, workspace):
 
 
 def inner_jit(variant: str):
-    """`reduce_and_norm` as one function of the program, as a model's layers are: it is traced once."""
+    """Makes `reduce_and_norm` one function of the program, as a model's layers are: it is traced once."""
     import jax
 
     return jax.jit(functools.partial(reduce_and_norm, variant))
 
 
 def chain(variant: str, x, weight, _, workspace):
-    """64 sums; what each adds is made of the norm before it."""
+    """Computes 64 sums; what each adds is made of the norm before it."""
     residual, normed, reduce = x, x, inner_jit(variant)
     for _ in range(SUMS):
         residual, normed = reduce(normed, residual, weight, workspace)
@@ -63,7 +63,7 @@ def chain(variant: str, x, weight, _, workspace):
 
 
 def layers(variant: str, x, weight, products, workspace):
-    """32 layers' products, with the two sums of each."""
+    """Computes 32 layers' products, with the two sums of each."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -216,7 +216,7 @@ def profile(token_counts: list[int]) -> None:
 
 
 def check(token_counts: list[int]) -> None:
-    """One sum each of random numbers, against float64 on the host; prints what is wrong."""
+    """Compares one sum each of random numbers with float64 on the host; prints what is wrong."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -50,7 +50,7 @@ class Job:
 
 
 def xla_product(x, weight, kind: str):
-    """As the model's layers ask for it."""
+    """Computes a product as the model's layers ask for it."""
     import jax
     import jax.numpy as jnp
 
@@ -129,7 +129,7 @@ def _per_call(times: list[float], calls: int) -> list[float]:
 
 
 def list_jobs(name: str, rows: list[int], num_configs: int, num_sms: int) -> list[Job]:
-    """XLA's and ours: as it would be cut, and then the most promising other ways."""
+    """Returns XLA's and ours: as it would be cut, and then the most promising other ways."""
     from jaxengine.pallas_kernels.skinny_matmul.config import candidates, choose_config
 
     size_n, size_k, kind = SHAPES[name]
@@ -204,7 +204,7 @@ def describe(error: Exception) -> str:
 
 
 def measure_norms(rows: list[int]) -> None:
-    """Times of `add_norm` and of XLA's; prints lines of JSON."""
+    """Measures `add_norm` and XLA's; prints lines of JSON."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -264,7 +264,7 @@ def finish(process: subprocess.Popen, seconds: float) -> list[dict[str, Any]]:
 
 
 def print_rows(name: str, rows: list[dict[str, Any]], rate: float, best: int) -> None:
-    """XLA's time and those of the best ways to cut; what failed or is wrong."""
+    """Prints XLA's time and those of the best ways to cut; what failed or is wrong."""
     size_n, size_k, _ = SHAPES[name]
     for num_rows in sorted({row["rows"] for row in rows}):
         mine = [row for row in rows if row["rows"] == num_rows]

@@ -91,7 +91,7 @@ class ProgramContext:
         return list(map(abstract, self.model.leaves, self.leaf_shardings))
 
     def abstract_logits(self, num_seqs: int) -> jax.ShapeDtypeStruct:
-        """Logits, f32[S, V] of each shard, as one program hands them to the next."""
+        """Returns logits, f32[S, V] of each shard, as one program hands them to the next."""
         vocab_size = self.arrays.vocab_size
         return abstract(
             self.arrays.per_shard((num_seqs, vocab_size), jnp.float32), self.place.columns_sharding(vocab_size)

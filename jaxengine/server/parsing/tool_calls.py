@@ -239,7 +239,7 @@ class MistralParser(ToolParser):
             yield from self.read_object(held + self._take(end), header[1])
 
     def new_id(self) -> str:
-        """Nine letters and digits: Mistral's templates refuse all else."""
+        """Returns nine letters and digits: Mistral's templates refuse all else."""
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
