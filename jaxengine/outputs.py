@@ -87,7 +87,7 @@ class CompletionOutput:
     lora_request: Any | None = None
 
     def finished(self) -> bool:
-        """Whether the completion has ended."""
+        """Returns whether the completion has ended."""
         return self.finish_reason is not None
 
 

@@ -212,7 +212,7 @@ class CausalLM(nnx.Module):
         return x, tuple(add_up(residuals[tap]) for tap in self.config.taps), caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits of the rows that sample: `[R, D]` to f32[R, V]."""
+        """Returns logits of the rows that sample: `[R, D]` to f32[R, V]."""
         head: MatrixLayer = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
         def multiply(hidden, matrix):
@@ -226,17 +226,17 @@ class CausalLM(nnx.Module):
 
 
 def _of_one_device(cache: Any, size: int) -> Any:
-    """The shape of one device's part of a cache, whose second axis is that of the heads."""
+    """Returns the shape of one device's part of a cache, whose second axis is that of the heads."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // size, *x.shape[2:]), x.dtype), cache)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap * tanh(x / cap)`, or `x` without a cap."""
+    """Returns `cap * tanh(x / cap)`, or `x` without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def make_norm(config: ModelConfig, build: LayerBuilder) -> RMSNorm | LayerNorm:
-    """A norm over the model dimension, as the configuration has it."""
+    """Returns a norm over the model dimension, as the configuration has it."""
     if config.norm == "layer":
         return LayerNorm(config.hidden_size, build, eps=config.norm_eps)
     return RMSNorm(config.hidden_size, build, eps=config.norm_eps, unit_offset=config.norm_unit_offset)

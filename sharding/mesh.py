@@ -38,7 +38,7 @@ def make_mesh(data: int = 1, model: int = 1, expert: int = 1, devices: Sequence[
 
 
 def model_axis_size() -> int:
-    """Devices that share the model, of the mesh under which a step is being traced; 1 without a mesh."""
+    """Returns devices that share the model, of the mesh under which a step is being traced; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
 
 

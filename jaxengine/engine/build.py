@@ -38,7 +38,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
 
     reserve_device_memory(args.gpu_memory_utilization)
     set_up_compilation_cache(args.compilation_cache_dir)
-    from jaxengine.models.registry import abstract_model
+    from jaxengine.models.abstract import abstract_model
     from jaxengine.runner.model_runner import ModelRunner
     from jaxengine.runner.step_programs import StepPrograms
     from jaxengine.scheduler.shards import make_scheduler
@@ -67,7 +67,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:
-    """The model with its weights, or with random ones for `load_format="dummy"`.
+    """Returns the model with its weights, or with random ones for `load_format="dummy"`.
 
     Raises:
         ValueError: The checkpoint's tensors are not those of the model.

@@ -19,12 +19,12 @@ from jax.typing import DTypeLike
 from jaxengine.loading.cache_scales import ENDINGS
 from jaxengine.loading.checkpoint import Checkpoint
 from jaxengine.loading.parameters import read_parameter, unread_parameter
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layer_stack import STACKED, LayerStack
 from jaxengine.models.layers.matrix import Formats
 from jaxengine.models.layers.param import initial_value, spec_of
-from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.sharding.rules import named_sharding
 
@@ -134,7 +134,7 @@ def named_weights(model: CausalLM) -> Iterator[tuple[str, jax.Array]]:
 
 @functools.lru_cache(maxsize=64)
 def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: Sharding | None) -> Any:
-    """One compiled function for all parameters of the same shape."""
+    """Returns one compiled function for all parameters of the same shape."""
     return jax.jit(
         functools.partial(initial_value, shape=shape, dtype=dtype, init=init),
         out_shardings=sharding,
@@ -146,7 +146,7 @@ def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
 
 
 def _find(name: str, available: set[str], family: type[CausalLM], checkpoint: Checkpoint) -> str:
-    """The name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
+    """Returns the name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
     for candidate in (name, name.removeprefix(family.base_prefix)):
         if candidate in available:
             return candidate

@@ -28,9 +28,9 @@ from jaxengine.loading.parameters import (
     pieces,
     warn_not_finite,
 )
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.layer_stack import STACKED
 from jaxengine.models.layers.param import ParameterSpec, spec_of
-from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.runner.programs import ProgramContext
 from jaxengine.sharding.rules import named_sharding
@@ -130,7 +130,10 @@ class WeightUpdater:
                 warn_not_finite(change.parameter.spec.names, ORIGIN)
 
     def _by_name(self, weights: Weights) -> dict[str, Any]:
-        """The arrays under the names that the model has; a checkpoint of the bare model leaves the prefix out."""
+        """Returns the arrays under the names that the model has.
+
+        A checkpoint of the bare model leaves the prefix out.
+        """
         arrays, unknown = {}, []
         pair: Any
         for pair in weights.items() if isinstance(weights, Mapping) else weights:
@@ -155,7 +158,7 @@ class WeightUpdater:
         return arrays
 
     def _read(self, changes: Sequence[_Change], leaf: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-        """A leaf with what comes from the host; each device reads its own part."""
+        """Returns a leaf with what comes from the host; each device reads its own part."""
         layers = {change.parameter.layer for change in changes}
         num_layers = 1 if None in layers else leaf.shape[0]
         is_whole = len(layers) == num_layers and all(change.is_whole() for change in changes)
@@ -182,7 +185,7 @@ class WeightUpdater:
         return jax.make_array_from_callback(leaf.shape, sharding, read)
 
     def _write(self, change: _Change, leaf: jax.Array, sharding: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
-        """A leaf with what comes from devices, and whether all of that is finite."""
+        """Returns a leaf with what comes from devices, and whether all of that is finite."""
         parameter = change.parameter
         groups = [[self._placed(part, parameter, leaf) for part in group] for group in change.groups]
         layer = None if parameter.layer is None else np.int32(parameter.layer)
@@ -190,7 +193,10 @@ class WeightUpdater:
         return write(leaf, groups, layer)
 
     def _placed(self, tensor: Any, parameter: _Parameter, leaf: jax.Array) -> Any:
-        """A tensor on the devices of a leaf. What is there stays, and what is elsewhere is spread as the leaf is."""
+        """Returns a tensor on the devices of a leaf.
+
+        What is there stays, and what is elsewhere is spread as the leaf is.
+        """
         mesh = self._place.mesh
         if tensor is None:
             return None
@@ -217,7 +223,7 @@ def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int,
 def _writer(
     own: ParameterSpec, transpose: bool, stack: bool, sharding: NamedSharding | None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """One function for all parameters of a kind; of stacked layers one for all of them.
+    """Returns one function for all parameters of a kind; of stacked layers one for all of them.
 
     Returns:
         write(leaf, groups, layer) -> (leaf, is_finite); the leaf is donated, so that it stays where it is.

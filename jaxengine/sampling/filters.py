@@ -18,7 +18,7 @@ BITS = 2
 
 
 def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The `FEW` largest of each row; of equal ones any may be left out.
+    """Returns the `FEW` largest of each row; of equal ones any may be left out.
 
     They are in the `FEW` groups of neighbours whose maxima are largest, so it takes one pass over the logits, and the
     sorting of some hundred numbers.
@@ -44,7 +44,10 @@ def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def filter_few(values: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """`filter_logits` of a row's `top_few`, f32[S, n], where `top_k` is 1 to n: compares each pair of them."""
+    """Returns what `filter_logits` makes of a row's `top_few`, f32[S, n], where `top_k` is 1 to n.
+
+    It compares each pair of them.
+    """
     top = values.max(axis=-1, keepdims=True)
     values = jnp.where(values - top >= jnp.log(min_p)[:, None], values, -jnp.inf)
     is_greater = values[:, None, :] > values[:, :, None]  # [S, n, n], whether the last axis's is

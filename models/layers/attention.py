@@ -60,7 +60,7 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = (self._make_norm(config, part, build) for part in (q, k))
 
     def _make_norm(self, config: ModelConfig, part: Part, build: LayerBuilder) -> RMSNorm:
-        """The norm of queries or keys: of each head, or of all together."""
+        """Returns the norm of queries or keys: of each head, or of all together."""
         is_whole = config.qk_norm == "projection"
         return RMSNorm(
             part if is_whole else self.head_dim,
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         return run(q, k, v, cache, scales, meta)
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
+        """Returns queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
         num_tokens = qkv.shape[0]
         q, k, v = self.qkv_proj.split(qkv)
         if self.qk_norm == "projection":
@@ -137,7 +137,7 @@ class Attention(nnx.Module):
     def _rotate(
         self, qkv: jax.Array, rope: RopeTable, cache: Any, meta: AttentionMetadata, scales: jax.Array | None
     ) -> tuple[jax.Array, Any]:
-        """Queries `[T, N, H]`, normed and rotated, and the cache with the keys and values, in one kernel."""
+        """Returns queries `[T, N, H]`, normed and rotated, and the cache with the keys and values, in one kernel."""
         weights: tuple[jax.Array, jax.Array] | None = None
         options: dict[str, Any] = {}
         if self.qk_norm is not None:

@@ -71,7 +71,7 @@ class Linear(MatrixLayer):
         return None if step.is_differentiable or self.bias is not None else self.matrix.multiply_gated(x)
 
     def _sum_over_devices(self, x: jax.Array, workspace: Workspace) -> jax.Array:
-        """The product `[T, out]` of `[T, in]` and the matrix, the last axis of both over the devices of the model."""
+        """Returns the product `[T, out]` of `[T, in]` and the matrix; devices share the last axis of both."""
 
         def own(x, matrix, workspace):
             return all_reduce(matrix.multiply(x, x.dtype, allow_kernel=True), MODEL, workspace=workspace)
