@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxengine.models.architectures import architecture_of
 from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layer_stack import LayerStack, are_alike
 from jaxengine.models.layers.attention import Attention
@@ -27,7 +27,7 @@ from jaxengine.models.step import ModelInputs, ModelOutputs, StepContext
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.pallas_kernels.ragged_paged_attention import plan_attention
 from jaxengine.sharding import axes
-from jaxengine.sharding.mesh import MODEL
+from jaxengine.sharding.mesh import COLUMNS, EVERYWHERE, on_each_device
 
 
 class DecoderLayer(nnx.Module):
@@ -219,9 +219,8 @@ class CausalLM(nnx.Module):
             return matrix.multiply(hidden, jnp.float32)
 
         if self.config.tensor_parallel_size > 1 and self.config.vocab_size % self.config.tensor_parallel_size == 0:
-            columns = PartitionSpec(None, MODEL)  # each device the logits of its own tokens, and nothing moves
-            specs = (PartitionSpec(), head.matrix_places)
-            multiply = jax.shard_map(multiply, in_specs=specs, out_specs=columns, check_vma=False)
+            # Each device the logits of its own tokens, and nothing moves.
+            multiply = on_each_device(multiply, (EVERYWHERE, head.matrix_places), COLUMNS)
         return soft_cap(multiply(hidden, head.matrix), self.config.final_soft_cap)
 
 

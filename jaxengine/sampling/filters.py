@@ -5,9 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from jaxengine.sharding.mesh import MODEL, model_axis_size
+from jaxengine.sharding.mesh import COLUMNS, MODEL, model_axis_size, on_each_device
 
 FEW = 64
 """A row whose `top_k` is at most this needs no more than its `top_few`."""
@@ -143,9 +142,8 @@ def _sums(rows: list[jax.Array]) -> tuple[jax.Array, ...]:
     size = model_axis_size()
     if size == 1 or rows[0].shape[1] % size:
         return of_one_device(*rows)
-    specs = (PartitionSpec(None, MODEL),) * len(rows)
 
     def of_all(*parts):
         return lax.psum(tuple(of_one_device(*parts)), MODEL)
 
-    return jax.shard_map(of_all, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*rows)
+    return on_each_device(of_all, (COLUMNS,) * len(rows))(*rows)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layers.cache_scale import cache_scale, is_scaled
@@ -23,7 +22,7 @@ from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, r
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import Part
-from jaxengine.sharding.mesh import MODEL
+from jaxengine.sharding.mesh import COLUMNS, EVERYWHERE, on_each_device
 
 
 class Attention(nnx.Module):
@@ -164,6 +163,4 @@ def over_heads(function: Callable[..., Any], has_heads: Sequence[bool]) -> Calla
         has_heads: Of each argument: whether its second axis is that of heads, as of `[T, heads, H]`, of pages
             `[P, K, page, H]`, of scales `[2, K]` and of a fused product's columns; else all devices have the same.
     """
-    heads, everything = PartitionSpec(None, MODEL), PartitionSpec()
-    specs = tuple(heads if has else everything for has in has_heads)
-    return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)
+    return on_each_device(function, [COLUMNS if has else EVERYWHERE for has in has_heads], COLUMNS)
