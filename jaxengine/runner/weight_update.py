@@ -8,8 +8,10 @@ whose memory stays where it is.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxengine.loading.loader import NUM_READERS
 from jaxengine.loading.parameters import (
     Groups,
     are_finite,
@@ -80,6 +83,8 @@ class WeightUpdater:
         config = context.config
         model = abstract_model(config.model, config.dtype, config.weight_dtype)
         leaves = {path: number for number, path in enumerate(context.model.paths())}
+        # A device's memory may have no room for both; on CPUs others may read the memory of what has been put there.
+        self._frees_first = config.platform != "cpu"
         self._place, self._shardings = context.place, context.leaf_shardings
         self._prefix = model.base_prefix
         self._ignored = (*model.ignored_tensors, *(("lm_head.weight",) if config.model.tie_word_embeddings else ()))
@@ -112,22 +117,28 @@ class WeightUpdater:
 
     def apply(self, changes: Sequence[_Change], leaves: list[jax.Array]) -> None:
         """Puts what `check` gave into the leaves, one after the other, each of which is replaced in the list."""
-        by_leaf: dict[int, list[_Change]] = {}
+        on_host: dict[int, list[_Change]] = {}
         for change in changes:
-            by_leaf.setdefault(change.parameter.leaf, []).append(change)
-        finite: list[tuple[_Change, jax.Array]] = []
-        for number, own in by_leaf.items():
-            on_host = [change for change in own if not change.is_on_devices()]
-            if on_host:
-                leaves[number] = self._read(on_host, leaves[number], self._shardings[number])
-            for change in own:
-                if change.is_on_devices():
-                    leaves[number], is_finite = self._write(change, leaves[number], self._shardings[number])
-                    finite.append((change, is_finite))
+            if not change.is_on_devices():
+                on_host.setdefault(change.parameter.leaf, []).append(change)
+
+        def read(number: int) -> jax.Array:
+            return self._read(on_host[number], leaves[number], self._shardings[number])
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for numbers in itertools.batched(on_host, NUM_READERS):  # few copies are alive at once
+                for number, leaf in zip(numbers, pool.map(read, numbers), strict=True):
+                    leaves[number] = leaf
+        finite = []
+        for change in changes:
+            if change.is_on_devices():
+                number = change.parameter.leaf
+                leaves[number], is_finite = self._write(change, leaves[number], self._shardings[number])
+                finite.append((change.parameter, is_finite))
         jax.block_until_ready(leaves)
-        for change, is_finite in finite:
+        for parameter, is_finite in finite:
             if not is_finite:
-                warn_not_finite(change.parameter.spec.names, ORIGIN)
+                warn_not_finite(parameter.spec.names, ORIGIN)
 
     def _by_name(self, weights: Weights) -> dict[str, Any]:
         """Returns the arrays under the names that the model has.
@@ -180,6 +191,8 @@ class WeightUpdater:
                     warn_not_finite(parameter.spec.names, ORIGIN)
             return out
 
+        if is_whole and self._frees_first:
+            leaf.delete()
         if sharding is None:
             return jax.device_put(read((slice(None),) * leaf.ndim))
         return jax.make_array_from_callback(leaf.shape, sharding, read)
