@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxengine.models.architectures import architecture_of
 from jaxengine.models.config import ModelConfig, common_fields
 from jaxengine.models.layer_stack import LayerStack, are_alike
 from jaxengine.models.layers.attention import Attention
