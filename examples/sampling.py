@@ -10,7 +10,7 @@ from jaxengine import LLM, BeamSearchParams, SamplingParams
 
 
 def no_even_tokens(logits: jax.Array, state: object) -> jax.Array:
-    """A logits processor is a pure JAX function `(logits[V], state) -> logits[V]`, compiled into the step."""
+    """Forbids even tokens. A logits processor is a pure JAX function, which is compiled into the step."""
     return logits.at[::2].set(-jnp.inf)
 
 

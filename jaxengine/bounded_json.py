@@ -63,7 +63,7 @@ def loads(text: str) -> Any:
 
 
 def _outside_strings(piece: np.ndarray, in_string: bool, escaped: bool) -> tuple[np.ndarray, bool, bool]:
-    """Which bytes are outside strings.
+    """Returns which bytes are outside strings.
 
     Args:
         piece: u8[n].

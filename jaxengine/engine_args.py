@@ -34,7 +34,8 @@ class EngineArgs:
         load_format: "auto", or "dummy" for random weights (only the configuration is read).
         dtype: Of weights and activations: "auto", "bfloat16", "float16" or "float32". CPUs compute a
             16-bit checkpoint in float32 and may hold its matrices as they are.
-        kv_cache_dtype: Of the cache; "auto" follows `dtype`.
+        kv_cache_dtype: Of the cache; "auto" follows `dtype`. "fp8" (or "fp8_e4m3") and "int8" halve it: the keys and
+            values of each head are divided by a scale, the checkpoint's or one measured on a text at the start.
         attention_backend: "reference" (plain JAX), "mosaic_gpu" or "mosaic_tpu"; "auto": the platform's kernel.
         seed: Seed of requests that bring none.
         tensor_parallel_size: Devices that share the model: heads, FFN columns and vocabulary.
@@ -144,6 +145,7 @@ class EngineArgs:
         import jax
 
         from jaxengine.models.config import ModelConfig
+        from jaxengine.models.layers.cache_scale import is_scaled
         from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, choose_implementation
         from jaxengine.runner.memory import max_tokens_on_cpu
         from jaxengine.runner.platform import resolve_dtypes
@@ -199,7 +201,7 @@ class EngineArgs:
 
         def make(max_model_len: int) -> EngineConfig:
             return EngineConfig(
-                model=dataclasses.replace(model, max_model_len=max_model_len),
+                model=dataclasses.replace(model, max_model_len=max_model_len, cache_scales=is_scaled(dtypes.kv_cache)),
                 scheduler=SchedulerConfig(
                     max_model_len=max_model_len,
                     max_num_seqs=max_num_seqs,

@@ -87,7 +87,7 @@ class CompletionOutput:
     lora_request: Any | None = None
 
     def finished(self) -> bool:
-        """Whether the completion has ended."""
+        """Returns whether the completion has ended."""
         return self.finish_reason is not None
 
 
@@ -150,34 +150,6 @@ def _append_completion(target: CompletionOutput, newer: CompletionOutput) -> Non
     target.cumulative_logprob = newer.cumulative_logprob
     target.finish_reason = newer.finish_reason
     target.stop_reason = newer.stop_reason
-
-
-@dataclass
-class BeamSearchSequence:
-    """One sequence that beam search returns.
-
-    Attributes:
-        tokens: The prompt's token ids and the generated ones.
-        logprobs: One dict per generated token.
-        cum_logprob: Sum of the generated tokens' log probabilities.
-        text: The text of `tokens`.
-        finish_reason: "stop" or "length".
-        stop_reason: The stop token id, if one ended it.
-    """
-
-    tokens: list[int]
-    logprobs: list[TokenLogprobDict]
-    cum_logprob: float = 0.0
-    text: str | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass
-class BeamSearchOutput:
-    """The best sequences of one prompt, best first."""
-
-    sequences: list[BeamSearchSequence]
 
 
 def logprob_dict(

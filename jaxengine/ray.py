@@ -76,7 +76,7 @@ class RayReplicas:
     def generate(
         self, prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """As `LLM.generate`, for a list of prompts.
+        """Does as `LLM.generate`, for a list of prompts.
 
         Raises:
             ValueError: A prompt or parameter is wrong.
@@ -85,7 +85,7 @@ class RayReplicas:
         return self._share_out("generate", prompts, sampling_params)
 
     def chat(self, messages: Sequence[Sequence[Mapping[str, Any]]], sampling_params: Any = None, **options: Any):
-        """As `LLM.chat`, for a list of conversations; parameters and errors as in `generate`."""
+        """Does as `LLM.chat`, for a list of conversations; parameters and errors as in `generate`."""
         return self._share_out("chat", messages, sampling_params, **options)
 
     def shutdown(self) -> None:
@@ -120,7 +120,7 @@ class RayReplicas:
         return outputs
 
     def _gather(self, refs: list[Any]) -> list[Any]:
-        """The results of all replicas, or the first error as soon as there is one."""
+        """Returns the results of all replicas, or the first error as soon as there is one."""
         waiting, results = {ref: i for i, ref in enumerate(refs)}, [None] * len(refs)
         while waiting:
             (ref,), _ = ray.wait(list(waiting), num_returns=1)
@@ -225,7 +225,10 @@ class _Stage:
 
 
 def _plain(value: Any) -> Any:
-    """What a row was made of, of what Arrow makes of it: lists for arrays, no fields that only other rows have."""
+    """Returns a row as it was before Arrow changed it.
+
+    It has lists for arrays, and no fields that only other rows have.
+    """
     if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items() if part is not None}
     if hasattr(value, "tolist"):
@@ -234,7 +237,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(model: str | None, engine_args: Mapping[str, Any]) -> EngineArgs:
-    """The arguments, before anything starts."""
+    """Returns the arguments, before anything starts."""
     args = EngineArgs(model=model, **engine_args)
     if args.distributed_executor_backend is not None:
         raise ValueError("distributed_executor_backend: a replica is one process, which Ray starts")
@@ -242,7 +245,7 @@ def _checked(model: str | None, engine_args: Mapping[str, Any]) -> EngineArgs:
 
 
 def _actor_options(args: EngineArgs, name: str, count: int, resources: Mapping[str, float] | None) -> dict[str, Any]:
-    """What Ray is asked for, for each of `count` actors.
+    """Returns what Ray is asked for, for each of `count` actors.
 
     Raises:
         ValueError: The cluster's nodes have no room for them, however long one waits.

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec
-from jaxengine.sharding.mesh import MODEL, model_axis_size
+from jaxengine.sharding.mesh import COLUMNS, model_axis_size, on_each_device
 
 MAX_GROUPS = 8
 """Page tables that a step brings to the device at most; more groups would fit a few more tokens."""
@@ -142,9 +141,8 @@ def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     if model_axis_size() == 1:
         return x.reshape(shape)
     # Each device its own heads: nothing moves.
-    heads = PartitionSpec(None, MODEL)
     local = (shape[0], shape[1] // model_axis_size(), *shape[2:])
-    return jax.shard_map(lambda x: x.reshape(local), in_specs=heads, out_specs=heads, check_vma=False)(x)
+    return on_each_device(lambda x: x.reshape(local), (COLUMNS,), COLUMNS)(x)
 
 
 def plan_caches(specs: Sequence[CacheSpec], max_model_len: int) -> CacheLayout:

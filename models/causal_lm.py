@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxengine.models.config import ModelConfig, common_fields
@@ -27,7 +26,7 @@ from jaxengine.models.step import ModelInputs, ModelOutputs, StepContext
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.pallas_kernels.ragged_paged_attention import plan_attention
 from jaxengine.sharding import axes
-from jaxengine.sharding.mesh import MODEL
+from jaxengine.sharding.mesh import COLUMNS, EVERYWHERE, on_each_device
 
 
 class DecoderLayer(nnx.Module):
@@ -212,31 +211,30 @@ class CausalLM(nnx.Module):
         return x, tuple(add_up(residuals[tap]) for tap in self.config.taps), caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits of the rows that sample: `[R, D]` to f32[R, V]."""
+        """Returns logits of the rows that sample: `[R, D]` to f32[R, V]."""
         head: MatrixLayer = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
         def multiply(hidden, matrix):
             return matrix.multiply(hidden, jnp.float32)
 
         if self.config.tensor_parallel_size > 1 and self.config.vocab_size % self.config.tensor_parallel_size == 0:
-            columns = PartitionSpec(None, MODEL)  # each device the logits of its own tokens, and nothing moves
-            specs = (PartitionSpec(), head.matrix_places)
-            multiply = jax.shard_map(multiply, in_specs=specs, out_specs=columns, check_vma=False)
+            # Each device the logits of its own tokens, and nothing moves.
+            multiply = on_each_device(multiply, (EVERYWHERE, head.matrix_places), COLUMNS)
         return soft_cap(multiply(hidden, head.matrix), self.config.final_soft_cap)
 
 
 def _of_one_device(cache: Any, size: int) -> Any:
-    """The shape of one device's part of a cache, whose second axis is that of the heads."""
+    """Returns the shape of one device's part of a cache, whose second axis is that of the heads."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // size, *x.shape[2:]), x.dtype), cache)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap * tanh(x / cap)`, or `x` without a cap."""
+    """Returns `cap * tanh(x / cap)`, or `x` without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def make_norm(config: ModelConfig, build: LayerBuilder) -> RMSNorm | LayerNorm:
-    """A norm over the model dimension, as the configuration has it."""
+    """Returns a norm over the model dimension, as the configuration has it."""
     if config.norm == "layer":
         return LayerNorm(config.hidden_size, build, eps=config.norm_eps)
     return RMSNorm(config.hidden_size, build, eps=config.norm_eps, unit_offset=config.norm_unit_offset)

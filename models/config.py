@@ -93,7 +93,7 @@ class RopeConfig:
 
 
 def _attention_factor(kind: str, factor: float, original: int, params: dict[str, Any]) -> float:
-    """Factor on cos and sin: given, or as the paper has it (yarn: arXiv 2309.00071, longrope: 2402.13753)."""
+    """Returns factor on cos and sin: given, or as the paper has it (yarn: arXiv 2309.00071, longrope: 2402.13753)."""
     given = params.get("attention_factor")
     if given is not None:
         return float(given)
@@ -134,6 +134,7 @@ class ModelConfig:
         max_model_len: Longest sequence that will be served (0: `max_position_embeddings`). Longrope takes its long
             factors for every sequence when this exceeds the original context, because cached keys cannot be turned
             again when a sequence grows.
+        cache_scales: Keys and values are cached in 8 bits, divided by a scale of each head.
         taps: After how many layers the model returns hidden states besides the last, ascending: 0 are the embeddings,
             L what goes into the final norm.
     """
@@ -168,6 +169,7 @@ class ModelConfig:
     dtype: str | None = None
     tensor_parallel_size: int = 1
     max_model_len: int = 0
+    cache_scales: bool = False
     taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -227,17 +229,17 @@ class ModelConfig:
         set_field(self, "max_model_len", self.max_model_len or self.max_position_embeddings)
 
     def first_layers(self, count: int) -> ModelConfig:
-        """The same model with fewer layers."""
+        """Returns the same model with fewer layers."""
         kinds = {"layer_types": self.layer_types[:count], "rope_layers": self.rope_layers[:count]}
         taps = tuple(tap for tap in self.taps if tap <= count)
         return dataclasses.replace(self, num_layers=min(count, self.num_layers), taps=taps, **kinds)
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens, or None if it sees everything."""
+        """Returns the sliding window of a layer in tokens, or None if it sees everything."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     def layer_rope(self, layer: int) -> RopeConfig | None:
-        """Rotary embedding of a layer, or None if it has none."""
+        """Returns the rotary embedding of a layer, or None if it has none."""
         if not self.rope_layers[layer]:
             return None
         is_local = self.layer_types[layer] == SLIDING and self.local_rope is not None
@@ -262,7 +264,7 @@ class ModelConfig:
         return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
 
     def rotation(self, layer: int) -> int | None:
-        """Number in `rotations` of a layer's rotary embedding, or None if it has none."""
+        """Returns the number in `rotations` of a layer's rotary embedding, or None if it has none."""
         rope = self.layer_rope(layer)
         return None if rope is None else self.rotations.index(rope)
 
@@ -286,7 +288,7 @@ class ModelConfig:
 
 
 def common_fields(hf: dict[str, Any], *, defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Keyword arguments of `ModelConfig` from the keys that most families share.
+    """Returns the keyword arguments of `ModelConfig` from the keys that most families share.
 
     Args:
         hf: The configuration as in `config.json`.
@@ -330,7 +332,7 @@ def common_fields(hf: dict[str, Any], *, defaults: dict[str, Any] | None = None)
 
 
 def _ropes(hf: dict[str, Any], head_dim: int, max_position: int) -> tuple[RopeConfig, RopeConfig | None]:
-    """The global and, where layers differ, the local rotary embedding.
+    """Returns the global and, where layers differ, the local rotary embedding.
 
     Newer files keep everything in `rope_parameters`, with one dictionary for each layer type where these differ; older
     ones have `rope_theta`, `rope_scaling` and Gemma 3's `rope_local_base_freq` (never scaled).

@@ -50,7 +50,7 @@ class Gemma2ForCausalLM(CausalLM):
 
 
 def gemma_fields(hf: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common; `defaults` are for keys that `config.json` may leave out."""
+    """Returns what Gemma 2 and 3 have in common; `defaults` are for keys that `config.json` may leave out."""
     fields = common_fields(hf, defaults={"head_dim": 256, "tie_word_embeddings": True, **defaults})
     fields.update(
         sliding_window=hf.get("sliding_window", 4096),

@@ -74,7 +74,7 @@ class LayerStack(nnx.Module):
 
 
 def are_alike(layers: Sequence[nnx.Module]) -> bool:
-    """Whether layers differ in nothing but their parameters."""
+    """Returns whether layers differ in nothing but their parameters."""
     first, *others = map(nnx.graphdef, layers)
     return all(graphdef == first for graphdef in others)
 

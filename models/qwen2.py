@@ -21,7 +21,10 @@ class Qwen2ForCausalLM(CausalLM):
 
 
 def window_fields(hf: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Qwen's sliding windows: off unless `use_sliding_window`, and then in the layers from `max_window_layers` on."""
+    """Returns Qwen's sliding windows.
+
+    They are off unless `use_sliding_window` is true, and then in the layers from `max_window_layers` on.
+    """
     window = hf.get("sliding_window", 4096)
     if not hf.get("use_sliding_window") or window is None:
         return {}

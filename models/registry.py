@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jax.typing import DTypeLike
-
-    from jaxengine.models.causal_lm import CausalLM
-    from jaxengine.models.config import ModelConfig
-    from jaxengine.models.layers.matrix import Formats
+from typing import Any
 
 MODELS: dict[str, str] = {
     "GPT2LMHeadModel": "gpt2:GPT2ForCausalLM",
@@ -27,7 +20,7 @@ MODELS: dict[str, str] = {
 
 
 def architecture_of(config: dict[str, Any]) -> str:
-    """The first supported architecture that a `config.json` names.
+    """Returns the first supported architecture that a `config.json` names.
 
     Raises:
         ValueError: It names none, or none that is supported.
@@ -39,8 +32,8 @@ def architecture_of(config: dict[str, Any]) -> str:
     raise ValueError(f"architectures is {named!r}; supported: {', '.join(sorted(MODELS))}")
 
 
-def model_class(architecture: str) -> type[CausalLM]:
-    """Imports and returns the class of an architecture.
+def model_class(architecture: str) -> type[Any]:
+    """Imports and returns the class of an architecture, a `CausalLM`.
 
     Raises:
         ValueError: The architecture is not in the table.
@@ -49,22 +42,3 @@ def model_class(architecture: str) -> type[CausalLM]:
         raise ValueError(f"architecture is {architecture!r}; supported: {', '.join(sorted(MODELS))}")
     module, _, name = MODELS[architecture].partition(":")
     return getattr(importlib.import_module(f"jaxengine.models.{module}"), name)
-
-
-def abstract_model(
-    config: ModelConfig, dtype: DTypeLike, weight_dtype: DTypeLike | None = None, formats: Formats | None = None
-) -> CausalLM:
-    """A model without weights, for the loader to fill and the runner to compile.
-
-    Args:
-        config: The model.
-        dtype: Dtype of activations, and of norms and biases.
-        weight_dtype: Dtype of the matrices that are held as they are; by default `dtype`.
-        formats: Chooses the format of each matrix; by default all are held as they are.
-    """
-    import jax.numpy as jnp
-
-    from jaxengine.models.layers.dense import Dense
-
-    dense = Dense(jnp.dtype(weight_dtype or dtype).name)
-    return model_class(config.architecture)(config, dtype=dtype, formats=formats or (lambda path, parts: dense))

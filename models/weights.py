@@ -29,5 +29,5 @@ class WeightSpec:
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Param]:
-    """The parameters of a model by dotted path, such as `layers.0.mlp.down_proj.weight`."""
+    """Returns the parameters of a model by dotted path, such as `layers.0.mlp.down_proj.weight`."""
     return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -4,7 +4,7 @@ import jax
 
 
 def target_device():
-    """The device of the mesh in use, which may be abstract; or else the default one.
+    """Returns the device of the mesh in use, which may be abstract; or else the default one.
 
     Returns:
       A `jax.Device` or `jax.sharding.AbstractDevice`: both have `platform` ("cpu", "gpu" or "tpu") and `device_kind`.

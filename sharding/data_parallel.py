@@ -45,7 +45,7 @@ class DataParallelGroup:
             self._group = ProcessGroup(self.rank, self.size, host, port, names=(names["SIZE"], names["MASTER_PORT"]))
 
     def part(self, items: Sequence[Any]) -> list[Any]:
-        """This process's share of a list that all have: neighbours stay together, shares differ by one at most."""
+        """Returns this process's share of a list: neighbours stay together, shares differ by one at most."""
         return list(items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size])
 
     def gather(self, results: Sequence[Any]) -> list[Any] | None:

@@ -90,12 +90,12 @@ def _end_at_once_after_an_error() -> None:
 
 
 def is_multiprocess() -> bool:
-    """Whether the mesh belongs to several processes."""
+    """Returns whether the mesh belongs to several processes."""
     return jax.process_count() > 1
 
 
 def least_of_all_processes(value: int) -> int:
-    """The least of the values of all processes; each must call this."""
+    """Returns the least of the values of all processes; each must call this."""
     if not is_multiprocess():
         return value
     return int(np.min(multihost_utils.process_allgather(np.int32(value))))

@@ -124,7 +124,7 @@ def _append(runs: list[tuple[int, int]], start: int, count: int) -> None:
 
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:
-    """The runs that make up rows `start` to `stop`."""
+    """Returns the runs that make up rows `start` to `stop`."""
     parts, offset = [], 0
     for first, count in runs:
         low, high = max(start - offset, 0), min(stop - offset, count)

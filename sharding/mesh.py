@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,8 +38,23 @@ def make_mesh(data: int = 1, model: int = 1, expert: int = 1, devices: Sequence[
 
 
 def model_axis_size() -> int:
-    """Devices that share the model, of the mesh under which a step is being traced; 1 without a mesh."""
+    """Returns devices that share the model, of the mesh under which a step is being traced; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
+
+
+EVERYWHERE, ROWS, COLUMNS = PartitionSpec(), PartitionSpec(MODEL), PartitionSpec(None, MODEL)
+"""Places of a step's arrays: the same on all devices that share the model; the first axis over them; the second."""
+
+
+def on_each_device(function: Callable[..., Any], places: Sequence[Any], out: Any = EVERYWHERE) -> Callable[..., Any]:
+    """Makes a function of each device's own arrays one of all arrays, under the mesh at hand; XLA cuts nothing of it.
+
+    Args:
+        function: Sees of each argument what the device has of it.
+        places: Of each argument: a `PartitionSpec`, or a tree of them.
+        out: Of its results.
+    """
+    return jax.shard_map(function, in_specs=tuple(places), out_specs=out, check_vma=False)
 
 
 def columns_in_place(x: jax.Array) -> jax.Array:
@@ -48,4 +63,4 @@ def columns_in_place(x: jax.Array) -> jax.Array:
     XLA decides alone where the results of a condition's branches are, and may gather them on every device.
     """
     size = model_axis_size()
-    return x if size == 1 or x.shape[1] % size else lax.with_sharding_constraint(x, PartitionSpec(None, MODEL))
+    return x if size == 1 or x.shape[1] % size else lax.with_sharding_constraint(x, COLUMNS)

@@ -189,7 +189,7 @@ def _send(connection: socket.socket, value: Any) -> None:
 
 
 def _receive(connection: socket.socket) -> Any:
-    """One value; raises OSError at the end of the connection, ValueError for what is not JSON."""
+    """Returns one value; raises OSError at the end of the connection, ValueError for what is not JSON."""
     (size,) = _HEADER.unpack(_receive_bytes(connection, _HEADER.size))
     return json.loads(_receive_bytes(connection, size))
 

@@ -33,7 +33,7 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """The sharding of a parameter on `mesh`.
+    """Returns the sharding of a parameter on `mesh`.
 
     A dimension that its mesh axis does not divide (a vocabulary of 50257 over 8 devices) is replicated: the result is
     the same, and only memory is lost.
@@ -44,13 +44,16 @@ def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None], shape: Sequen
 def shape_on_a_device(
     sizes: Mapping[str, int], logical_axes: Sequence[str | None], shape: Sequence[int]
 ) -> tuple[int, ...]:
-    """The shape of one device's part of a parameter, on a mesh with axes of these sizes; those not named are 1."""
+    """Returns the shape of one device's part of a parameter, on a mesh with axes of these sizes.
+
+    Sizes that are not named are 1.
+    """
     entries = _divided(sizes, logical_axes, shape)
     return tuple(size if entry is None else size // sizes[entry] for entry, size in zip(entries, shape, strict=True))
 
 
 def _divided(sizes: Mapping[str, int], logical_axes: Sequence[str | None], shape: Sequence[int]) -> list[str | None]:
-    """The mesh axis that divides each dimension, or None."""
+    """Returns the mesh axis that divides each dimension, or None."""
     entries = partition_spec(logical_axes)
     return [
         entry if entry in sizes and size % sizes[entry] == 0 else None

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -39,35 +38,18 @@ STARTING = [
 """Loading these loads no jax: `jaxengine --help` answers at once."""
 SERVING = ["jaxengine.engine.async_llm", "jaxengine.engine.core_client", "jaxengine.server.app", "jaxengine.server.run"]
 """A server's own process leaves the device to the engine's."""
-OPEN_CIRCLES = [
-    ("jaxengine.models.*",),
-]
-"""Circles that still are there, all of imports that only type checkers follow. To be opened, not to be added to."""
-
 MODULES = {module_name(path): path for path in python_files()}
 
 
 def test_imports_point_downwards():
     new = {part_of(module) for module in MODULES} - ALLOWED.keys()
     assert not new, "a new part: say in code_shape.ALLOWED what it may import"
-    assert not upward_imports()
+    assert not upward_imports(When.CALLED)
 
 
-@pytest.mark.parametrize("when", [When.LOADED, When.CALLED])
+@pytest.mark.parametrize("when", When)
 def test_no_module_imports_itself_through_others(when):
     assert not circles(import_graph(when))
-
-
-def test_circles_for_type_checkers_are_the_known_ones():
-    found = circles(import_graph(When.CHECKED))
-
-    def covers(known: tuple[str, ...], circle: list[str]) -> bool:
-        return all(any(fnmatch(module, pattern) for pattern in known) for module in circle)
-
-    new = [circle for circle in found if not any(covers(known, circle) for known in OPEN_CIRCLES)]
-    assert not new
-    stale = [known for known in OPEN_CIRCLES if not any(covers(known, circle) for circle in found)]
-    assert not stale, "opened: take it off the list"
 
 
 @pytest.mark.parametrize("part", BOOKKEEPING)

@@ -136,3 +136,33 @@ def test_every_supported_family_is_named():
     for architecture in MODELS:
         family = re.sub(r"(LMHeadModel|ForCausalLM)$", "", architecture).lower()
         assert family in named, architecture
+
+
+def test_the_table_of_tensors():
+    """Row by row of docs/models.md: each parameter of a model with one layer, its shape, and where it comes from."""
+    from jaxengine.models.config import ModelConfig
+    from jaxengine.models.llama import LlamaForCausalLM
+    from jaxengine.models.weights import parameters
+
+    sizes = {"V": 70, "D": 24, "F": 32, "N": 4, "K": 2, "H": 8}
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        num_layers=1,
+        hidden_size=sizes["D"],
+        intermediate_size=sizes["F"],
+        num_heads=sizes["N"],
+        num_kv_heads=sizes["K"],
+        head_dim=sizes["H"],
+        vocab_size=sizes["V"],
+        qk_norm="head",
+        qkv_bias=True,
+    )
+    model = LlamaForCausalLM(config)
+    expected = {path: (tuple(param.shape), model.weight_map()[path].names) for path, param in parameters(model).items()}
+    told = {}
+    for row in re.findall(r"^\| `[\w.]+\.(?:weight|bias)`.*$", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE):
+        name, shape, tensors = row.strip("| ").split(" | ")
+        products = re.sub(r"(?<=[\w)]) ?(?=[A-Z](?![a-z]))", "*", shape.strip("`[]"))
+        numbers = eval(f"({products},)", {}, sizes)
+        told[name.split("`")[1]] = numbers, tuple(re.findall(r"`([^`]+)`", tensors))
+    assert told == expected

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def step_shapes(llm: LLM, workload: Workload, window: DecodeWindow | None = None) -> set[StepShape]:
-    """Shapes of all steps that the engine will run for a workload.
+    """Returns the shapes of all steps that the engine will run for a workload.
 
     The engine's own loop and scheduler plan them, with as many pages as the engine has; lengths alone decide, because
     nothing stops early.

@@ -15,7 +15,7 @@ from jaxengine import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, processor, date and commit."""
+    """Returns versions, devices, processor, date and commit."""
     import jax
 
     return host_environment() | {
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
 
 
 def host_environment() -> dict[str, Any]:
-    """The same without the devices, which looking at them would take from a server on this machine."""
+    """Returns the same without the devices, which looking at them would take from a server on this machine."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "jaxengine": __version__,
@@ -47,7 +47,7 @@ def num_cores() -> int:
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
+    """Returns the processor's own name, where the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -58,7 +58,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree that runs, with "+changes" if it has any; None for an installed package."""
+    """Returns the commit of the source tree that runs, with "+changes" if it has any; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -70,7 +70,7 @@ def git_commit() -> str | None:
 
 
 def peak_rss_bytes() -> int | None:
-    """The most memory that this process has held; None where the system does not count it."""
+    """Returns the most memory that this process has held; None where the system does not count it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -79,7 +79,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def max_rss_bytes(usage: Any) -> int:
-    """`ru_maxrss` in bytes: macOS counts bytes, others KiB."""
+    """Returns `ru_maxrss` in bytes: macOS counts bytes, others KiB."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

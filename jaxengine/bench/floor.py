@@ -16,7 +16,7 @@ RUNS = 5
 
 
 def copy_bandwidth() -> float | None:
-    """Bytes per second, read and written, of large copies within the device's memory; None on CPU.
+    """Returns bytes per second, read and written, of large copies within the device's memory; None on CPU.
 
     CPUs are left out: their caches, and whoever else uses the machine, decide what a copy takes there.
     """
@@ -40,7 +40,9 @@ def copy_bandwidth() -> float | None:
 
 
 def decode_bytes(config: EngineConfig, batch_size: int, context: float) -> float:
-    """Bytes that each device must read for a decode step: its part of the weights, and of the batch's keys and values.
+    """Returns bytes that each device must read for a decode step.
+
+    They are its part of the weights, and of the batch's keys and values.
 
     Args:
         config: The engine's configuration.
@@ -51,9 +53,12 @@ def decode_bytes(config: EngineConfig, batch_size: int, context: float) -> float
 
 
 def weight_bytes(config: EngineConfig) -> int:
-    """Bytes of a device's weights but the embedding table, of which a step reads few rows; a tied one is the head."""
+    """Returns bytes of a device's weights but the embedding table, of which a step reads few rows.
+
+    A tied table is the head, and counts.
+    """
+    from jaxengine.models.abstract import abstract_model
     from jaxengine.models.layers.param import spec_of
-    from jaxengine.models.registry import abstract_model
     from jaxengine.models.weights import parameters
     from jaxengine.sharding.rules import shape_on_a_device
 
@@ -69,7 +74,10 @@ def weight_bytes(config: EngineConfig) -> int:
 
 
 def kv_bytes(config: EngineConfig, context: float) -> float:
-    """Bytes that a device holds of one sequence's keys and values, of all layers; sliding layers hold their window."""
+    """Returns bytes that a device holds of one sequence's keys and values, of all layers.
+
+    Sliding layers hold their window.
+    """
     from jax.numpy import dtype
 
     model = config.model
@@ -78,6 +86,9 @@ def kv_bytes(config: EngineConfig, context: float) -> float:
 
 
 def tokens_seen(config: EngineConfig, context: float) -> float:
-    """Tokens that one at the end of so many attends to, over all layers; sliding layers see their window at most."""
+    """Returns tokens that one at the end of so many attends to, over all layers.
+
+    Sliding layers see their window at most.
+    """
     windows = (config.model.window(layer) for layer in range(config.model.num_layers))
     return sum(min(context, window or context) for window in windows)

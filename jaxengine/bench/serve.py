@@ -57,7 +57,7 @@ class ServerApi:
         return json.loads(self._read(path, body))
 
     def metrics(self) -> dict[str, float] | None:
-        """Values of /metrics without labels; None if the server is not ours."""
+        """Returns the values of /metrics without labels; None if the server is not ours."""
         try:
             lines = self._read("/metrics").decode().splitlines()
         except ValueError:
@@ -215,7 +215,7 @@ class ServeResult:
 
 
 def failure(status: int, data: bytes) -> str:
-    """What went wrong, in a line."""
+    """Returns what went wrong, in a line."""
     try:
         message = json.loads(data)["error"]["message"]
     except (ValueError, KeyError, TypeError):
@@ -224,7 +224,7 @@ def failure(status: int, data: bytes) -> str:
 
 
 def arrival_times(num_requests: int, rate: float, *, burstiness: float = 1.0, seed: int = 0) -> list[float]:
-    """Seconds at which requests are due.
+    """Returns the seconds at which requests are due.
 
     Args:
         num_requests: How many.
@@ -244,7 +244,7 @@ def arrival_times(num_requests: int, rate: float, *, burstiness: float = 1.0, se
 
 
 def request_body(endpoint: str, model: str, prompt: list[int] | str, output_len: int, options: dict[str, Any]) -> Any:
-    """Body of a request for a stream; a chat's prompt is text."""
+    """Returns the body of a request for a stream; a chat's prompt is text."""
     asked = {"messages": [{"role": "user", "content": prompt}]} if endpoint == "chat" else {"prompt": prompt}
     fields = {"model": model, "max_tokens": output_len, "stream": True, "stream_options": {"include_usage": True}}
     return asked | fields | options
@@ -338,7 +338,7 @@ class LoadGenerator:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
-    """The data of a stream's events.
+    """Yields the data of a stream's events.
 
     Lines are found here, in whatever has come: a reader that is behind does not wait for each of them.
 

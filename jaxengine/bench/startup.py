@@ -95,7 +95,7 @@ def _wait(process: subprocess.Popen) -> int | None:
 
 
 def _root() -> str:
-    """The folder that holds this package: the child imports the same one."""
+    """Returns the folder that holds this package: the child imports the same one."""
     return str(Path(__file__).resolve().parents[2])
 
 

@@ -73,7 +73,7 @@ class ThroughputResult:
         return self.input_tokens_per_s + self.output_tokens_per_s
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, rounded to what the clock can tell."""
+        """Returns all figures, rounded to what the clock can tell."""
         rates = ("requests_per_s", "input_tokens_per_s", "output_tokens_per_s", "total_tokens_per_s")
         values = asdict(self) | {name: round(getattr(self, name), 3) for name in rates}
         values["seconds"] = round(self.seconds, 4)
@@ -141,7 +141,7 @@ def _run(llm: LLM, workload: Workload) -> ThroughputResult:
 
 
 def request_params(output_len: int, *, detokenize: bool) -> SamplingParams:
-    """Greedy, and not stopping at EOS."""
+    """Returns parameters that are greedy and do not stop at EOS."""
     return SamplingParams(
         temperature=0.0,
         max_tokens=output_len,
@@ -183,7 +183,7 @@ class StepClock:
         self._last = time.perf_counter()
 
     def tick(self) -> None:
-        """To be called after every `step()`."""
+        """Takes the time after a step; to be called after every `step()`."""
         now, count = time.perf_counter(), self._stats.num_prompt_tokens
         self._calls += 1
         num_steps = self._stats.num_steps_done - self._num_done
@@ -196,6 +196,6 @@ class StepClock:
 
 
 def percentiles(values: Sequence[float], ranks: Sequence[int] = (50, 99)) -> dict[str, float]:
-    """The values at these percents of the order (the nearest rank, so always a value that was measured)."""
+    """Returns the values at these percents of the order (the nearest rank, so always a value that was measured)."""
     ordered = sorted(values)
     return {f"p{rank}": round(ordered[max(0, -(-len(ordered) * rank // 100) - 1)], 3) for rank in ranks}

@@ -46,7 +46,7 @@ class Workload:
 def uniform(
     num_prompts: int, input_len: int, output_len: int, *, vocab: int = DEFAULT_VOCAB, seed: int = 0, name: str = ""
 ) -> Workload:
-    """Requests of one length."""
+    """Returns requests of one length."""
     draw = random.Random(seed + num_prompts * 1000003 + input_len * 101 + output_len).randint
     prompts = [[draw(0, vocab) for _ in range(input_len)] for _ in range(num_prompts)]
     title = name or f"uniform {num_prompts} x {input_len}/{output_len}"
@@ -64,7 +64,7 @@ def mixed(
     seed: int = 0,
     name: str = "",
 ) -> Workload:
-    """Requests with prompts of [lo, hi] tokens and outputs of [output_lo, output_hi], by default of [lo, hi] too."""
+    """Returns requests with prompts of [lo, hi] tokens and outputs of [output_lo, output_hi], by default the same."""
     out_lo, out_hi = lo if output_lo is None else output_lo, hi if output_hi is None else output_hi
     draw = random.Random(seed).randint
     requests = []
@@ -76,7 +76,9 @@ def mixed(
 
 
 def sharegpt(path: str | Path, tokenizer: Any, num_prompts: int, *, seed: int = 0) -> Workload:
-    """Requests from a JSON file of conversations: the first message is the prompt, the second's length is the output's.
+    """Returns requests from a JSON file of conversations.
+
+    The first message is the prompt, the second's length is the output's.
 
     Args:
         path: A list of `{"conversations": [{"value": ...}, ...]}` (ShareGPT's form), or of

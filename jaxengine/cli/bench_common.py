@@ -54,12 +54,12 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_engine_args(given: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments for a measurement: what was given, and the defaults that `add_arguments` tells."""
+    """Returns the engine arguments for a measurement: what was given, and the defaults that `add_arguments` tells."""
     return with_dummy_model({"warmup": "full", "enable_prefix_caching": False, **given})
 
 
 def with_dummy_model(given: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments with what `MODEL_HELP` tells of dummy weights."""
+    """Returns the engine arguments with what `MODEL_HELP` tells of dummy weights."""
     chosen = dict(given)
     if chosen.get("load_format") == "dummy":
         name = chosen.get("model")
@@ -71,7 +71,7 @@ def with_dummy_model(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_workload(args: argparse.Namespace, vocab_size: int | None, get_tokenizer: Callable[[], Any]) -> Workload:
-    """The workload that the arguments describe.
+    """Returns the workload that the arguments describe.
 
     Args:
         vocab_size: The model's; None if it is not known.
@@ -98,7 +98,7 @@ def make_workload(args: argparse.Namespace, vocab_size: int | None, get_tokenize
 
 
 def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes that the device's memory moves in a second, and where that is from; both None on CPU.
+    """Returns bytes that the device's memory moves in a second, and where that is from; both None on CPU.
 
     To be called before an engine takes the memory.
 
@@ -119,7 +119,7 @@ def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def select_rows[Row](rows: list[Row], name: Callable[[Row], str], text: str | None) -> list[Row]:
-    """Those whose name contains a text, whatever its case.
+    """Returns those whose name contains a text, whatever its case.
 
     Raises:
         ValueError: There is none.

@@ -70,7 +70,7 @@ def run_gpu_preset(args: argparse.Namespace) -> int:
 
 
 def chosen_rows(args: argparse.Namespace, engine_args: dict[str, Any]) -> list[GpuRow]:
-    """The rows that the arguments leave, for an engine with these of its own.
+    """Returns the rows that the arguments leave, for an engine with these of its own.
 
     Raises:
         ValueError: They leave none, or do not go with this preset.

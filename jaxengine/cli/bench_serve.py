@@ -157,13 +157,13 @@ def _look_at(api: ServerApi, model: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def _prompts(workload: Workload, endpoint: str, tokenizer: ServerTokenizer) -> Sequence[list[int] | str]:
-    """The workload's prompts, as the endpoint takes them."""
+    """Returns the workload's prompts, as the endpoint takes them."""
     prompts = [prompt for prompt, _ in workload.requests]
     return prompts if endpoint == "completions" else [tokenizer.decode(prompt) for prompt in prompts]
 
 
 def _test_body(body: dict[str, Any], endpoint: str) -> dict[str, Any]:
-    """A short request whose prompt is another one than the first's, which the prefix cache must not know."""
+    """Returns a short request whose prompt is another one than the first's, which the prefix cache must not know."""
     from jaxengine.bench.serve import TEST_LEN
 
     short = body | {"max_tokens": min(TEST_LEN, body["max_tokens"])}

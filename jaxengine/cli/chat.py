@@ -196,7 +196,7 @@ class Chat:
 
 
 def recommended_sampling(llm: LLM) -> dict[str, Any]:
-    """What the model's `generation_config.json` recommends; greedy if it says nothing of the temperature."""
+    """Returns what the model's `generation_config.json` recommends; greedy if it says nothing of the temperature."""
     default, recommended = SamplingParams(), llm.get_default_sampling_params()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     differing = {name: getattr(recommended, name) for name in names}

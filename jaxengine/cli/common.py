@@ -27,7 +27,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def fast_start(engine_args: dict[str, Any], num_sequences: int) -> dict[str, Any]:
-    """Engine arguments for a program that answers a few prompts and ends: what was given, and quick defaults.
+    """Returns engine arguments for a program that answers a few prompts and ends: what was given, and quick defaults.
 
     Args:
         engine_args: Fields of `EngineArgs` that the user gave; they stay as they are.
@@ -64,7 +64,7 @@ class Status:
 
 @contextmanager
 def make_llm(engine_args: dict[str, Any], status: Status) -> Iterator[LLM]:
-    """An `LLM`, shut down at the end; a message says that it is being loaded, and is cleared by the caller.
+    """Gives an `LLM`, shut down at the end; a message says that it is being loaded, and is cleared by the caller.
 
     Raises:
         ValueError: A wrong argument, or a model that cannot be loaded.
@@ -105,7 +105,7 @@ class Statistics:
             self.first_token = time.perf_counter()
 
     def line(self) -> str:
-        """One line for people. The rate is that of decoding: what came after the first token."""
+        """Returns one line for people. The rate is that of decoding: what came after the first token."""
         now = time.perf_counter()
         text = f"{self.num_prompt_tokens} tokens in, {self.num_output_tokens} out in {now - self.started:.2f} s"
         if self.first_token is None:
@@ -117,7 +117,7 @@ class Statistics:
 
 
 def completions_json(output: RequestOutput) -> list[dict[str, Any]]:
-    """A request's completions as JSON objects; log probabilities only where they were asked for."""
+    """Returns a request's completions as JSON objects; log probabilities only where they were asked for."""
     found = []
     for completion in output.outputs:
         entry: dict[str, Any] = {
@@ -134,7 +134,7 @@ def completions_json(output: RequestOutput) -> list[dict[str, Any]]:
 
 
 def logprobs_json(positions: Sequence[TokenLogprobDict | None]) -> list[dict[str, Any] | None]:
-    """Log probabilities as JSON: one object a position, by token id; null where there is none."""
+    """Returns the log probabilities as JSON: one object a position, by token id; null where there is none."""
     return [
         position if position is None else {str(token): value._asdict() for token, value in position.items()}
         for position in positions

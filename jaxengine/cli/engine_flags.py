@@ -37,12 +37,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, notes: Mapping[str, str]
 
 
 def engine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `EngineArgs` that were given."""
+    """Returns the fields of `EngineArgs` that were given."""
     return _given(args, EngineArgs)
 
 
 def sampling_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `SamplingParams` that were given."""
+    """Returns the fields of `SamplingParams` that were given."""
     return _given(args, SamplingParams)
 
 
@@ -71,7 +71,7 @@ def add_flags(group: Any, cls: type, notes: Mapping[str, str], skip: Collection[
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The texts of the "Attributes:" section of a class's docstring, by name, each on one line."""
+    """Returns the texts of the "Attributes:" section of a class's docstring, by name, each on one line."""
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
     section = re.split(r"\n(?=\S)", section)[0]  # the next section is not indented
     entries = re.split(r"\n {4}(?=\S)", "\n" + section)[1:]
@@ -80,7 +80,7 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 
 def _options(hint: Any) -> dict[str, Any] | None:
-    """What argparse needs for a field of this type; None for types that a shell cannot express."""
+    """Returns what argparse needs for a field of this type; None for types that a shell cannot express."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

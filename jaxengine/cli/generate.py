@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(args: argparse.Namespace) -> list[Any]:
-    """All prompts of the command line, of the file, and, if there are none, of stdin.
+    """Returns all prompts of the command line, of the file, and, if there are none, of stdin.
 
     Raises:
         ValueError: There are none, or a line of the file is no prompt.
@@ -104,7 +104,7 @@ def _json_prompt(line: str, path: Path, number: int) -> Any:
 
 
 def make_params(fields: dict[str, Any], count: int) -> list[SamplingParams]:
-    """Parameters for each prompt. Without a seed every prompt gets one of its own, another in every run.
+    """Returns the parameters for each prompt. Without a seed every prompt gets one of its own, another in every run.
 
     Raises:
         ValueError: A field is out of range.

@@ -39,7 +39,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
 
     reserve_device_memory(args.gpu_memory_utilization)
     set_up_compilation_cache(args.compilation_cache_dir)
-    from jaxengine.models.registry import abstract_model
+    from jaxengine.models.abstract import abstract_model
     from jaxengine.runner.model_runner import ModelRunner
     from jaxengine.runner.step_programs import StepPrograms
     from jaxengine.scheduler.shards import make_scheduler
@@ -55,7 +55,7 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, get_tokenizer: Callable
         programs = StepPrograms(abstract, config, mesh, bytes_in_use)
         runner = ModelRunner(programs)
         try:
-            runner.load(model.result())
+            runner.load(model.result(), calibration_tokens(config, get_tokenizer))
             if config.warmup == "full":
                 programs.wait_until_warm()
             elif config.warmup != "none":
@@ -74,18 +74,33 @@ def make_controls(core: EngineCore, args: EngineArgs, checkpoint: Checkpoint) ->
 
 
 def load_weights(args: EngineArgs, checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh | None) -> Any:
-    """The model with its weights, or with random ones for `load_format="dummy"`.
+    """Returns the model with its weights, or with random ones for `load_format="dummy"`.
 
     Raises:
         ValueError: The checkpoint's tensors are not those of the model.
     """
+    from jaxengine.loading.cache_scales import fill_cache_scales
     from jaxengine.loading.loader import init_dummy, load_model
 
-    if args.load_format == "dummy":
-        return init_dummy(config.model, config.dtype, mesh, seed=args.seed, weight_dtype=config.weight_dtype)
-    loaded = load_model(checkpoint, config.model, config.dtype, mesh, weight_dtype=config.weight_dtype)
+    is_dummy = args.load_format == "dummy"
+    if is_dummy:
+        loaded = init_dummy(config.model, config.dtype, mesh, seed=args.seed, weight_dtype=config.weight_dtype)
+    else:
+        loaded = load_model(checkpoint, config.model, config.dtype, mesh, weight_dtype=config.weight_dtype)
+    fill_cache_scales(loaded, None if is_dummy else checkpoint, config.kv_cache_dtype, mesh)
     checkpoint.release()
     return loaded
+
+
+def calibration_tokens(config: EngineConfig, get_tokenizer: Callable[[], Any]) -> list[int]:
+    """Tokens of a text on which the scales of the cache are measured; any tokens if there is no tokenizer."""
+    from jaxengine.runner.cache_scales import NUM_TOKENS, TEXT
+
+    if not config.model.cache_scales:
+        return []
+    tokenizer, vocab_size = get_tokenizer(), config.model.vocab_size
+    known = [] if tokenizer is None else [token for token in tokenizer.encode(TEXT) if token < vocab_size]
+    return known or [(7919 * i + 1) % vocab_size for i in range(NUM_TOKENS)]
 
 
 def _why_not_trusted(folder: Path) -> str | None:

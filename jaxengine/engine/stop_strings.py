@@ -42,7 +42,7 @@ class StopStrings:
 
     @classmethod
     def of(cls, stops: Sequence[str]) -> StopStrings:
-        """The automaton of these strings, which all requests share that have them at the same time."""
+        """Returns the automaton of these strings, which all requests share that have them at the same time."""
         key = tuple(stops)
         automaton = cls._shared.get(key)
         if automaton is None:
@@ -50,11 +50,11 @@ class StopStrings:
         return automaton
 
     def num_held(self, state: int) -> int:
-        """How many characters at the end of a text in this state may yet be part of an occurrence."""
+        """Returns how many characters at the end of a text in this state may yet be part of an occurrence."""
         return self._num_held[state]
 
     def skip(self, state: int, text: str) -> int:
-        """The state after more text, in which nothing is to be found."""
+        """Returns the state after more text, in which nothing is to be found."""
         following, fallback = self._next, self._fallback
         for character in text:
             while (found := following[state].get(character)) is None and state:

@@ -86,7 +86,7 @@ class TokenPieces(Mapping[int, str]):
             self.kind, self._replacements, self.max_strip = "byte_fallback", replacements, strip["start"]
 
     def table(self, skip_special_tokens: bool) -> _PieceTable:
-        """Token id -> piece, for the two fast kinds: see `_PieceTable`."""
+        """Returns token id -> piece, for the two fast kinds: see `_PieceTable`."""
         return self._tables[skip_special_tokens]
 
     def text_of(self, token_id: int) -> str:
@@ -112,7 +112,7 @@ class TokenPieces(Mapping[int, str]):
         return len(self.tokenizer)
 
     def is_skipped(self, token_id: int) -> bool:
-        """Whether the token is a special one, which `skip_special_tokens` leaves out."""
+        """Returns whether the token is a special one, which `skip_special_tokens` leaves out."""
         return token_id in self._special_ids or self._token_of(token_id) in self._special_texts
 
     def piece(self, token_id: int) -> str | bytes:
@@ -307,7 +307,7 @@ def _incomplete_tail(table: _PieceTable, prompt_token_ids: Sequence[int]) -> byt
 
 
 def _may_be_utf8(data: bytes) -> bool:
-    """Whether some bytes could follow to make `data` UTF-8."""
+    """Returns whether some bytes could follow to make `data` UTF-8."""
     try:
         codecs.utf_8_decode(data, "strict", False)
     except UnicodeDecodeError:

@@ -72,7 +72,7 @@ class BlockPool:
                     self._free.move_to_end(page, last=False)
 
     def lookup(self, block_hash: bytes) -> int | None:
-        """The page with this content, if there is one."""
+        """Returns the page with this content, if there is one."""
         return self._page_of.get(block_hash)
 
     def register(self, page: int, block_hash: bytes) -> None:

@@ -197,7 +197,7 @@ class KVCacheManager:
         return self.enable_prefix_caching and not skips
 
     def _dropped(self, index: int, computed: CachedPrefix) -> int:
-        """Pages at the beginning of a cached prefix that the tokens after it do not see."""
+        """Returns pages at the beginning of a cached prefix that the tokens after it do not see."""
         return self.groups[index].first_page(computed.num_tokens)
 
     def _lookup(self, index: int, hashes: Sequence[bytes], page: int) -> int | None:
@@ -205,7 +205,10 @@ class KVCacheManager:
         return self.pool.lookup(_name(index, hashes[(page + 1) * blocks - 1]))
 
     def _cached_tokens(self, index: int, hashes: Sequence[bytes], num_tokens: int) -> int:
-        """Length of the longest prefix, up to `num_tokens`, of which a group has all pages that later tokens see."""
+        """Returns the length of the longest prefix of which a group has all pages that later tokens see.
+
+        It is at most `num_tokens`.
+        """
         group, unit = self.groups[index], self._prefix_unit
         if group.window is None:
             page = 0
@@ -254,10 +257,10 @@ class KVCacheManager:
 
 
 def _target(group: PageGroup, num_tokens: int, num_reserved: int) -> int:
-    """Pages of a group, those given back included, that a request must have had for its first tokens."""
+    """Returns pages of a group, those given back included, that a request must have had for its first tokens."""
     return group.num_pages(num_tokens if group.window is not None else max(num_tokens, num_reserved))
 
 
 def _name(index: int, block_hash: bytes) -> bytes:
-    """What a page of a group is found by."""
+    """Returns what a page of a group is found by."""
     return block_hash + index.to_bytes(1)

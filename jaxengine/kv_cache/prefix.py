@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def root_hash(cache_salt: str | None, extra_keys: tuple) -> bytes:
-    """What the first block is chained to: everything but the tokens that keys and values depend on."""
+    """Returns what the first block is chained to: everything but the tokens that keys and values depend on."""
     return hashlib.sha256(repr((cache_salt, extra_keys)).encode()).digest()
 
 

@@ -74,7 +74,7 @@ def read_template(path: str) -> str:
 
 
 def _mark_end(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A copy of the messages with the mark at the end of the last text of the last message."""
+    """Returns a copy of the messages with the mark at the end of the last text of the last message."""
     if not messages:
         raise ValueError("continue_final_message is set, but messages is empty")
     messages = copy.deepcopy(list(messages))
@@ -111,7 +111,7 @@ def _schema(tool: dict[str, Any] | Callable[..., Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Any:
-    """The compiled template, in the sandbox and with the helpers that templates on the hub expect."""
+    """Returns the compiled template, in the sandbox and with the helpers that templates on the hub expect."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment

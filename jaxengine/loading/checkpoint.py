@@ -69,7 +69,7 @@ class Checkpoint(Protocol):
     generation_config: dict[str, Any]
 
     def tensor_names(self) -> set[str]:
-        """Names of all tensors, as in a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`)."""
+        """Returns names of all tensors, as in a Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`)."""
         ...
 
     @property
@@ -97,5 +97,8 @@ class Checkpoint(Protocol):
         ...
 
     def tokenizer(self) -> Any:
-        """The tokenizer: a transformers fast tokenizer, or an object with the same methods; the same one each call."""
+        """Returns the tokenizer.
+
+        It is a transformers fast tokenizer, or an object with the same methods; the same one each call.
+        """
         ...

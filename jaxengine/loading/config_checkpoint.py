@@ -49,7 +49,7 @@ class ConfigCheckpoint:
         """Does nothing: no weights are mapped."""
 
     def tokenizer(self) -> Any:
-        """The tokenizer that lies beside the configuration.
+        """Returns the tokenizer that lies beside the configuration.
 
         Raises:
             ValueError: There is none.

@@ -48,7 +48,7 @@ def reading(what: str | Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in a line of bounded length."""
+    """Returns what an error says, in a line of bounded length."""
     return shorten(" ".join(str(error).split()) or type(error).__name__, MAX_MESSAGE)
 
 

@@ -62,7 +62,7 @@ class GGUFCheckpoint:
         self._tokenizer_lock = threading.Lock()
 
     def tensor_names(self) -> set[str]:
-        """Names of all tensors, as in a Hugging Face checkpoint."""
+        """Returns the names of all tensors, as in a Hugging Face checkpoint."""
         return set(self._tensors)
 
     @property
@@ -89,7 +89,7 @@ class GGUFCheckpoint:
             file.release()
 
     def tokenizer(self) -> Any:
-        """The tokenizer of the file's own metadata; the same object each call."""
+        """Returns the tokenizer of the file's own metadata; the same object each call."""
         with self._tokenizer_lock:
             if self._tokenizer is None:
                 with reading(f"the tokenizer of {self.path}"):
@@ -124,7 +124,7 @@ class GGUFCheckpoint:
 
 
 def _read(file: GGUFFile, tensor: GGUFTensor, raw: np.ndarray | None = None) -> np.ndarray:
-    """A tensor's values, from `raw` (its bytes, rows perhaps reordered) where given."""
+    """Returns a tensor's values, from `raw` (its bytes, rows perhaps reordered) where given."""
     if tensor.type_name in _PLAIN_DTYPES:
         return _plain(file, tensor, raw)
     try:
@@ -141,7 +141,7 @@ def _plain(file: GGUFFile, tensor: GGUFTensor, raw: np.ndarray | None = None) ->
 
 
 def _parts(path: Path) -> list[Path]:
-    """All parts of a split file, whose names end in `-00001-of-00003.gguf`.
+    """Returns all parts of a split file, whose names end in `-00001-of-00003.gguf`.
 
     Raises:
         ValueError: A part is missing.

@@ -55,11 +55,13 @@ class Metadata:
         self.arch: str = arch
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of `{arch}.{key}`."""
+        """Returns the value of `{arch}.{key}`."""
         return self._values.get(f"{self.arch}.{key}", default)
 
     def number(self, key: str, default: Any = None) -> Any:
-        """A scalar that must be there unless a default is given; an array of one value for all layers counts as one.
+        """Returns a scalar that must be there unless a default is given.
+
+        An array of one value for all layers counts as one.
 
         Raises:
             ValueError: The key is missing, no number, or differs from layer to layer.
@@ -72,7 +74,7 @@ class Metadata:
         return value
 
     def count(self, key: str, default: Any = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
-        """An integer from `least` to `most`, otherwise as `number`."""
+        """Returns an integer from `least` to `most`, otherwise as `number`."""
         value = self.number(key, default)
         if not isinstance(value, int) or not least <= value <= most:
             raise ValueError(f"{self._path}: metadata {self.arch}.{key} is {value!r}, expected {least} to {most}")
@@ -152,7 +154,7 @@ FAMILIES = {
 
 
 def family_of(metadata: Metadata, path: object) -> Family:
-    """The family of a file.
+    """Returns the family of a file.
 
     Raises:
         ValueError: It is not supported; lists those that are.
@@ -164,7 +166,7 @@ def family_of(metadata: Metadata, path: object) -> Family:
 
 
 def hf_name(gguf_name: str, family: Family) -> str | None:
-    """The Hugging Face name of a tensor; None if it holds no weights.
+    """Returns the Hugging Face name of a tensor; None if it holds no weights.
 
     Raises:
         ValueError: The family has no such tensor.
@@ -181,7 +183,7 @@ def hf_name(gguf_name: str, family: Family) -> str | None:
 
 
 def hf_config(metadata: Metadata, family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The configuration in Hugging Face's form, without token ids and dtype.
+    """Returns the configuration in Hugging Face's form, without token ids and dtype.
 
     Args:
         metadata: The file's.
@@ -224,7 +226,7 @@ def hf_config(metadata: Metadata, family: Family, shapes: dict[str, tuple[int, .
 
 
 def _short_float(value: float) -> float:
-    """The shortest decimal that rounds to the same float32."""
+    """Returns the shortest decimal that rounds to the same float32."""
     return float(str(np.float32(value)))
 
 

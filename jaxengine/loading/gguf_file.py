@@ -91,7 +91,7 @@ class GGUFFile:
             raise ValueError(f"{self.path} is truncated or damaged: its header cannot be read ({error})") from error
 
     def raw(self, tensor: GGUFTensor) -> np.ndarray:
-        """The stored bytes of a tensor, memory-mapped: `uint8[..., bytes of a row]`, read-only."""
+        """Returns the stored bytes of a tensor, memory-mapped: `uint8[..., bytes of a row]`, read-only."""
         flat = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
         rows = tensor.shape[:-1] or (1,)
         return flat.reshape(*rows, -1) if tensor.num_bytes else flat.reshape(*rows, 0)

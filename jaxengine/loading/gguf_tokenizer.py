@@ -88,7 +88,9 @@ def check_tokens(metadata: dict[str, Any], path: str | Path) -> None:
 
 
 def end_of_generation_ids(metadata: dict[str, Any]) -> list[int]:
-    """Ids that end generation: EOS first, then the ends of a turn or of a message, named by the file or known by text.
+    """Returns the ids that end generation.
+
+    EOS comes first, then the ends of a turn or of a message, named by the file or known by text.
 
     Args:
         metadata: Of the GGUF file.
@@ -138,7 +140,10 @@ def gguf_tokenizer(metadata: dict[str, Any], path: str | Path) -> LightTokenizer
 
 
 def _named_ids(metadata: dict[str, Any]) -> dict[str, int | None]:
-    """Ids of BOS, EOS, padding and unknown; llama.cpp's defaults for SPM, none for the others, where unnamed."""
+    """Returns the ids of BOS, EOS, padding and unknown.
+
+    Where the file names none they are llama.cpp's defaults for SPM, and none for the others.
+    """
     defaults = {"bos": 1, "eos": 2, "unk": 0} if metadata.get(f"{_KEY}model") == "llama" else {}
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {name: metadata.get(f"{_KEY}{key}_token_id", defaults.get(name)) for name, key in keys.items()}
@@ -158,7 +163,7 @@ def _vocabulary(tokens: list[str]) -> dict[str, int]:
 
 
 def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str], path: str | Path) -> tuple[Tokenizer, bool]:
-    """A GPT-2-like tokenizer, and whether its pre-tokenizer asks for BOS."""
+    """Returns a GPT-2-like tokenizer, and whether its pre-tokenizer asks for BOS."""
     pre = metadata.get(f"{_KEY}pre", "default")
     if pre not in _SPLITS:
         raise ValueError(f"{path} has {_KEY}pre {pre!r}; known are {', '.join(sorted(_SPLITS))}")
@@ -175,7 +180,10 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str], path: str | Pat
 
 
 def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """A SentencePiece BPE tokenizer: of all neighbours, the pair that makes the best-scored token merges first."""
+    """Returns a SentencePiece BPE tokenizer.
+
+    Of all neighbours, the pair that makes the best-scored token merges first.
+    """
     vocabulary = _vocabulary(tokens)
     types = metadata.get(f"{_KEY}token_type") or [_NORMAL] * len(tokens)
     scores = metadata.get(f"{_KEY}scores") or [-float(i) for i in range(len(tokens))]

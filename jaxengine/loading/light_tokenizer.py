@@ -1,6 +1,6 @@
 """A tokenizer with the methods of transformers' fast tokenizers that the engine uses, without importing transformers.
 
-That import alone takes 3 s, half of what a start may take; `tokenizers`, which does the work, takes 0.05 s.
+That import alone would be half of a start; `tokenizers`, which does the work, is imported at once.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ class LightTokenizer:
         return [token for token in map(self._token, self.all_special_ids) if token is not None]
 
     def get_vocab(self) -> dict[str, int]:
-        """All tokens, in the model's own spelling, with their ids."""
+        """Returns all tokens, in the model's own spelling, with their ids."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The tokens that are looked for in the text before anything else."""
+        """Returns the tokens that are looked for in the text before anything else."""
         added = self.backend_tokenizer.get_added_tokens_decoder()
         return {token.content: token_id for token_id, token in added.items()}
 
@@ -132,18 +132,18 @@ class LightTokenizer:
         return encoding.ids
 
     def decode(self, token_ids: int | Iterable[int], skip_special_tokens: bool = False, **_: Any) -> str:
-        """The text of one id or of several; bytes that are no valid UTF-8 become U+FFFD."""
+        """Returns the text of one id or of several; bytes that are no valid UTF-8 become U+FFFD."""
         ids = [token_ids] if isinstance(token_ids, int) else [int(token_id) for token_id in token_ids]
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
-        """`decode` for each of several sequences."""
+        """Returns what `decode` gives for each of several sequences."""
         return [self.decode(ids, skip_special_tokens, **kwargs) for ids in sequences]
 
     def tokenize(self, text: str, add_special_tokens: bool = False, **_: Any) -> list[str]:
-        """The tokens of a text, in the model's own spelling."""
+        """Returns the tokens of a text, in the model's own spelling."""
         return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).tokens
 
     @overload
@@ -151,7 +151,7 @@ class LightTokenizer:
     @overload
     def convert_ids_to_tokens(self, ids: Iterable[int], skip_special_tokens: bool = False) -> list[str | None]: ...
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Tokens in the model's own spelling (`Ġthe`, `▁the`); None for ids that the vocabulary lacks."""
+        """Returns tokens in the model's own spelling (`Ġthe`, `▁the`); None for ids that the vocabulary lacks."""
         if isinstance(ids, int):
             return self._token(ids)
         skipped = self._special_ids if skip_special_tokens else ()
@@ -162,19 +162,19 @@ class LightTokenizer:
     @overload
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int | None]: ...
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Ids of tokens; the unknown token's id (None without one) for those that the vocabulary lacks."""
+        """Returns the ids of tokens; the unknown token's id (None without one) for those that the vocabulary lacks."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         token_id = self.backend_tokenizer.token_to_id(tokens)
         return self.unk_token_id if token_id is None else token_id
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """The text of tokens in the model's own spelling."""
+        """Returns the text of tokens in the model's own spelling."""
         decoder = self.backend_tokenizer.decoder
         return decoder.decode(list(tokens)) if decoder is not None else " ".join(tokens)
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """The template to use: the one given (a template, or the name of one), else the model's.
+        """Returns the template to use: the one given (a template, or the name of one), else the model's.
 
         Raises:
             ValueError: The model has no chat template, or none of that name.

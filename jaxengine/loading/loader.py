@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,19 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from jaxengine.loading.cache_scales import ENDINGS
 from jaxengine.loading.checkpoint import Checkpoint
 from jaxengine.loading.parameters import read_parameter, unread_parameter
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.layer_stack import STACKED, LayerStack
 from jaxengine.models.layers.matrix import Formats
 from jaxengine.models.layers.param import initial_value, spec_of
-from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.sharding.rules import named_sharding
+
+logger = logging.getLogger(__name__)
 
 NUM_READERS = 4
 """Threads that read, convert and copy tensors: enough to keep a disk busy, few enough to bound the copies alive."""
@@ -130,7 +134,7 @@ def named_weights(model: CausalLM) -> Iterator[tuple[str, jax.Array]]:
 
 @functools.lru_cache(maxsize=64)
 def _dummy_maker(shape: tuple[int, ...], dtype: np.dtype, init: str, sharding: Sharding | None) -> Any:
-    """One compiled function for all parameters of the same shape."""
+    """Returns one compiled function for all parameters of the same shape."""
     return jax.jit(
         functools.partial(initial_value, shape=shape, dtype=dtype, init=init),
         out_shardings=sharding,
@@ -142,7 +146,7 @@ def _sharding(param: nnx.Param, mesh: Mesh) -> Sharding:
 
 
 def _find(name: str, available: set[str], family: type[CausalLM], checkpoint: Checkpoint) -> str:
-    """The name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
+    """Returns the name under which a checkpoint has a tensor; checkpoints of the bare model leave the prefix out."""
     for candidate in (name, name.removeprefix(family.base_prefix)):
         if candidate in available:
             return candidate
@@ -159,6 +163,10 @@ def _check_nothing_is_left(
     """Raises on tensors that nothing reads (biases, scales, ...): the model would run, and answer wrongly."""
     left = available - {name for spec in specs.values() for name in spec.names}
     ignored = (*family.ignored_tensors, *(("lm_head.weight",) if config.tie_word_embeddings else ()))
+    if scales := {name for name in left if name.endswith(ENDINGS)}:
+        left -= scales  # `fill_cache_scales` reads them
+        if not config.cache_scales:
+            logger.info("%d scales of cached keys and values are not used: kv_cache_dtype is not fp8", len(scales))
     left = {name for name in left if not name.endswith(ignored)}
     if left:
         shown = ", ".join(sorted(left)[:5])

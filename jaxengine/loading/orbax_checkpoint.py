@@ -108,7 +108,7 @@ class ZarrTensors:
             self._tensors = dict(zip(names, pool.map(self._open, names), strict=True))
 
     def names(self) -> set[str]:
-        """All tensors."""
+        """Returns all tensors."""
         return set(self._tensors)
 
     @property
@@ -117,7 +117,7 @@ class ZarrTensors:
         return sum(math.prod(tensor.shape) for tensor in self._tensors.values())
 
     def get(self, name: str) -> Any:
-        """One tensor, of which parts can be taken before anything is read."""
+        """Returns one tensor, of which parts can be taken before anything is read."""
         return self._tensors[name]
 
     def release(self) -> None:
@@ -165,5 +165,5 @@ def _check_array(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of TensorStore's message, without the places in its source."""
+    """Returns the first line of TensorStore's message, without the places in its source."""
     return str(error).split(" [source locations=")[0].split(" [tensorstore_spec=")[0].splitlines()[0]

@@ -206,7 +206,7 @@ def _copy(out: np.ndarray, tensor: Tensor) -> None:
 
 
 def _decode(own: ParameterSpec, spec: WeightSpec, tensors: Sequence[Any], name: str) -> Any:
-    """The tensor of one part."""
+    """Returns the tensor of one part."""
     if all(tensor is None for tensor in tensors):
         return None
     if spec.decode is None:
@@ -240,12 +240,15 @@ def _check(
 
 
 def is_same_kind(dtype: Any, wanted: Any) -> bool:
-    """Whether numbers of a dtype can be meant for a parameter of another: both are floating, or both are integers."""
+    """Returns whether numbers of a dtype can be meant for a parameter of another.
+
+    They can if both are floating, or both are integers.
+    """
     return any(jnp.issubdtype(dtype, kind) and jnp.issubdtype(wanted, kind) for kind in (jnp.floating, jnp.integer))
 
 
 def are_finite(values: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite.
+    """Returns whether no number is NaN or infinite.
 
     These are the largest if the bits are compared as integers: with a sign among positive ones, without among all.
     """
@@ -266,7 +269,9 @@ def warn_not_finite(names: Sequence[str], origin: object) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array on pages of its own: JAX's CPU backend takes over what is aligned to 64 bytes, and copies the rest.
+    """Returns an array on pages of its own.
+
+    JAX's CPU backend takes over what is aligned to 64 bytes, and copies the rest.
 
     Not from NumPy, which asks for huge pages: finding them takes most of the time of loading.
     """

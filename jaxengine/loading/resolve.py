@@ -62,7 +62,7 @@ def resolve_model(model: str | Path | None, revision: str | None = None, load_fo
 
 
 def _embedded_file() -> Path:
-    """The default model's file, found without importing the package that carries it."""
+    """Returns the default model's file, found without importing the package that carries it."""
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -83,7 +83,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_folder(path: Path) -> Checkpoint:
-    """A converted model, a folder of safetensors, or one that holds nothing but a GGUF file."""
+    """Returns a converted model, a folder of safetensors, or one that holds nothing but a GGUF file."""
     from jaxengine.loading.orbax_checkpoint import WEIGHTS, OrbaxCheckpoint
     from jaxengine.loading.safetensors_checkpoint import HFCheckpoint
 
@@ -132,7 +132,10 @@ def _snapshot(repo: str, revision: str | None, wanted: list[str], ignored: list[
 
 
 def _hub_error(model: str, revision: str | None, error: Exception) -> Exception:
-    """What to tell a user when the hub gives nothing; errors that are not the hub's are returned as they are."""
+    """Returns what to tell a user when the hub gives nothing.
+
+    Errors that are not the hub's are returned as they are.
+    """
     from huggingface_hub import errors
 
     tried = f"model {model!r} is no folder here, and fetching it from the Hugging Face hub failed: "

@@ -79,11 +79,11 @@ class SafetensorsFile:
         return sum(math.prod(shape) for _, shape, _, _ in self._places.values())
 
     def names(self) -> set[str]:
-        """All tensors."""
+        """Returns all tensors."""
         return set(self._places)
 
     def get(self, name: str) -> np.ndarray:
-        """One tensor, memory-mapped and read-only."""
+        """Returns one tensor, memory-mapped and read-only."""
         dtype, shape, start, _ = self._places[name]
         return np.frombuffer(self._data, dtype, math.prod(shape), self._start + start).reshape(shape)
 
@@ -174,7 +174,7 @@ class HFCheckpoint:
         self._tokenizer_lock = threading.Lock()
 
     def tensor_names(self) -> set[str]:
-        """Names of all tensors."""
+        """Returns the names of all tensors."""
         return set(self._shards)
 
     @property
@@ -183,7 +183,7 @@ class HFCheckpoint:
         return sum(file.num_elements for file in {id(file): file for file in self._shards.values()}.values())
 
     def get(self, name: str) -> Any:
-        """One tensor, memory-mapped and read-only; see `Checkpoint.get`."""
+        """Returns one tensor, memory-mapped and read-only; see `Checkpoint.get`."""
         if name not in self._shards:
             raise ValueError(f"{self.path} has no tensor {name!r}")
         return self._shards[name].get(name)
@@ -194,7 +194,7 @@ class HFCheckpoint:
             file.release()
 
     def tokenizer(self) -> Any:
-        """The folder's tokenizer, by transformers' AutoTokenizer.
+        """Returns the folder's tokenizer, by transformers' AutoTokenizer.
 
         Raises:
             ValueError: The folder has no tokenizer, or one that transformers cannot build.
@@ -222,7 +222,7 @@ class HFCheckpoint:
         return generation
 
     def _open(self) -> list[tuple[str, Any]]:
-        """Every tensor with the file that holds it."""
+        """Returns every tensor with the file that holds it."""
         index = self.path / "model.safetensors.index.json"
         # A whole file goes before an index, as in transformers: the index is a leftover then.
         if not index.is_file() or (self.path / "model.safetensors").is_file():

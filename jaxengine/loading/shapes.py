@@ -5,6 +5,9 @@ from pathlib import Path
 
 
 def model_configs() -> dict[str, Path]:
-    """Shapes of models that come along, for dummy weights (`load_format="dummy"`): name -> `config.json`-like file."""
+    """Returns shapes of models that come along, for dummy weights (`load_format="dummy"`).
+
+    Name -> `config.json`-like file.
+    """
     folder = files("jaxengine.loading") / "configs"
     return {Path(str(entry)).stem: Path(str(entry)) for entry in sorted(folder.iterdir(), key=str)}

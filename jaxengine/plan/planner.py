@@ -92,11 +92,11 @@ class Plan:
         return max(step.temporary_bytes for step in self.steps) + self.sampler_bytes
 
     def num_sequences(self, num_tokens: int) -> int:
-        """Sequences of so many tokens that the pages hold while they decode."""
+        """Returns sequences of so many tokens that the pages hold while they decode."""
         return self.num_pages // most_pages(self.groups, num_tokens, 1)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures."""
+        """Returns all figures."""
         return asdict(self) | {
             "num_sequences_of_max_model_len": self.num_sequences(self.max_model_len),
             "num_sequences_of_context": self.num_sequences(self.context),
@@ -148,8 +148,8 @@ def make_plan(
 
 
 def _program_context(config: EngineConfig, target: str, devices: list[Any]) -> ProgramContext:
-    """What the steps are compiled for: the model over as many of the devices as it takes."""
-    from jaxengine.models.registry import abstract_model
+    """Returns what the steps are compiled for: the model over as many of the devices as it takes."""
+    from jaxengine.models.abstract import abstract_model
     from jaxengine.runner.programs import ProgramContext
     from jaxengine.sharding.mesh import make_mesh
 
@@ -164,7 +164,7 @@ def _program_context(config: EngineConfig, target: str, devices: list[Any]) -> P
 def _empty_plan(
     config: EngineConfig, target: str, devices: list[Any], chip: Chip, context: int, weight_bytes: int
 ) -> Plan:
-    """A plan before anything is compiled."""
+    """Returns a plan before anything is compiled."""
     from jaxengine.runner.memory import page_bytes, state_bytes
 
     return Plan(
@@ -183,7 +183,7 @@ def _empty_plan(
 
 
 def _main_buckets(buckets: list[Bucket]) -> list[Bucket]:
-    """The smallest and the largest step of decodes, the largest of prompts with few and with all sequences."""
+    """Returns the smallest and the largest step of decodes, the largest of prompts with few and with all sequences."""
     decodes = [bucket for bucket in buckets if bucket.decode_only]
     largest = [b for b in buckets if b.num_tokens == buckets[-1].num_tokens and not b.decode_only]
     return list(dict.fromkeys([decodes[0], decodes[-1], largest[0], largest[-1]]))
@@ -217,7 +217,7 @@ def _collectives(compiled: Compiled) -> dict[str, tuple[int, int]]:
 
 
 def find_collectives(program: str) -> dict[str, tuple[int, int]]:
-    """How many collectives of each kind a compiled program has, and bytes of their results."""
+    """Returns how many collectives of each kind a compiled program has, and bytes of their results."""
     found: dict[str, tuple[int, int]] = {}
     for match in COLLECTIVE.finditer(COMMENT.sub("", program)):
         shapes = SHAPE.findall(match["shapes"])

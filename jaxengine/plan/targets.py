@@ -55,7 +55,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} device_
 
 
 def open_target(target: str) -> tuple[list[Any], Chip]:
-    """Devices that need not be there, and what one of them can do.
+    """Returns devices that need not be there, and what one of them can do.
 
     Args:
         target: A TPU's generation and topology, such as "v6e:2x2", or a GPU and how many of one host: "h100:4".

@@ -39,18 +39,18 @@ class StepArrays:
         self._is_stacked = is_stacked
 
     def per_shard(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
-        """What every shard has so much of, one part after the other."""
+        """Returns what every shard has so much of, one part after the other."""
         shape = (self.place.num_shards * shape[0], *shape[1:])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.place.shards_sharding())
 
     def abstract_state(self) -> tuple[SamplingState, jax.ShapeDtypeStruct]:
-        """The sampling state, and the token sampled last in each slot."""
+        """Returns the sampling state, and the token sampled last in each slot."""
         state = jax.eval_shape(self._empty_slots)
         state = jax.tree.map(abstract, state, self.place.sampling_state(state, self.vocab_size))
         return state, self.per_shard((self.config.scheduler.max_num_seqs,))
 
     def abstract_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
-        """The outputs that a step of this shape overwrites; None for one that does not."""
+        """Returns the outputs that a step of this shape overwrites; None for one that does not."""
         if self.config.platform != "gpu" or not bucket.decode_only or bucket.num_seqs > MAX_REUSED_SEQS:
             return None
         logits = self.per_shard((bucket.num_seqs, self.vocab_size), jnp.float32)
@@ -58,12 +58,12 @@ class StepArrays:
         return ForwardOutputs(abstract(logits, self.place.columns_sharding(self.vocab_size)), hidden)  # pyright: ignore[reportArgumentType]
 
     def sums_over_peers(self, num_tokens: int) -> bool:
-        """Whether the devices that share the model hand each other their parts of sums [T, D] in a kernel of ours."""
+        """Returns whether devices hand each other their parts of sums [T, D] in a kernel of ours."""
         x = jax.ShapeDtypeStruct((num_tokens, self.config.model.hidden_size), self.config.dtype)
         return self.config.all_reduce_backend != "reference" and has_kernel(x, self.place.size)
 
     def make_caches(self, num_pages: int) -> StepCaches:
-        """The layers' caches of so many pages a shard, and the workspace of sums over devices, if a step has any."""
+        """Returns the caches of so many pages a shard, and the workspace of sums over devices, if a step has any."""
         config, place, layout = self.config, self.place, self.config.model.cache_layout
         num_pages, num_arrays = place.num_shards * num_pages, layout.num_arrays
         if self._is_stacked:
@@ -81,12 +81,12 @@ class StepArrays:
         return StepCaches(layers, make_workspace(place.size, config.model.hidden_size, config.dtype, sharding))
 
     def make_reused_outputs(self, bucket: Bucket) -> ForwardOutputs | None:
-        """What `abstract_reused_outputs` tells of, for the first step of that shape."""
+        """Returns what `abstract_reused_outputs` tells of, for the first step of that shape."""
         reused_outputs = self.abstract_reused_outputs(bucket)
         return jax.tree.map(lambda x: self.place.array(np.zeros(x.shape, x.dtype), x.sharding), reused_outputs)
 
     def make_state(self) -> tuple[SamplingState, jax.Array]:
-        """What `abstract_state` tells of, for empty slots."""
+        """Returns what `abstract_state` tells of, for empty slots."""
         state, last_token = self.abstract_state()
         places = jax.tree.map(lambda x: x.sharding, (state, last_token)) if self.place.mesh is not None else None
         make = jax.jit(lambda: (self._empty_slots(), jnp.zeros(last_token.shape, jnp.int32)), out_shardings=places)

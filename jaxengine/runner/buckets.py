@@ -17,11 +17,10 @@ class Bucket(NamedTuple):
 
 
 def token_sizes(max_tokens: int, *, coarse: bool) -> list[int]:
-    """Sizes of the token dimension, ascending, `max_tokens` last.
+    """Returns the sizes of the token dimension, ascending, `max_tokens` last.
 
-    Above 64 a step carries at most 25% padding. `coarse` is for CPUs, where a shape costs a second of the cores that
-    also compute, and 10 MB: there at most 50%, and 6% on average over 256 requests of 32 to 512 tokens in, 16 to 128
-    out (sizes that double: 11%; 25%: 4%). A step that is full of prompts has no padding anyway.
+    Above 64 a step carries at most 25% padding. `coarse` is for CPUs, where a shape costs time of the cores that also
+    compute, and memory: there at most 50%. A step that is full of prompts has no padding anyway.
     """
     sizes = [1, 4, 8, 16, 32, 48, 64] if coarse else [1, 2, 4, 8, 16, 32, 48, 64]
     power = 64
@@ -36,7 +35,7 @@ def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> lis
 
     Each token size takes as many sequences as it can hold, and long ones also few: logits are computed for every
     sequence of the shape, and a long prompt on its own should not pay for the others. Of `coarse` sizes, only every
-    second one takes few: 56 rows of logits cost a CPU as much as 20 tokens.
+    second one takes few.
 
     Steps of decodes alone have shapes of their own unless `coarse`: they need no kernel for prompts, and steps with a
     prompt need no shapes below 16 tokens, nor between 16 and 64.
@@ -55,7 +54,7 @@ def make_buckets(max_tokens: int, max_seqs: int, *, coarse: bool = False) -> lis
 
 
 def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int, *, decode_only: bool = False) -> list[Bucket]:
-    """The buckets that hold a step, cheapest first.
+    """Returns the buckets that hold a step, cheapest first.
 
     Raises:
         ValueError: None does: the scheduler's limits and the buckets disagree.
@@ -71,7 +70,10 @@ def fitting(buckets: list[Bucket], num_tokens: int, num_seqs: int, *, decode_onl
 
 
 def warmup_order(buckets: list[Bucket]) -> list[Bucket]:
-    """Most needed first: with one small bucket and the decode of one request everything can run, if slowly."""
+    """Returns the buckets, most needed first.
+
+    With one small bucket and the decode of one request everything can run, if slowly.
+    """
     decodes = [b for b in buckets if b.decode_only]
     any_step = [b for b in buckets if not b.decode_only]
     full = [b for b in any_step if b.num_seqs == max(x.num_seqs for x in any_step if x.num_tokens == b.num_tokens)]

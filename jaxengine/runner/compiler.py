@@ -92,7 +92,7 @@ class StepCompiler:
         return [key for key, future in self._futures.items() if future.done()]
 
     def get(self, key: Any) -> Any:
-        """The compiled function; waits for it, ahead of all others, if need be.
+        """Returns the compiled function; waits for it, ahead of all others, if need be.
 
         Raises:
             Exception: Whatever its compilation raised.

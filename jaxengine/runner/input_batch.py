@@ -54,7 +54,7 @@ class _Layout:
             self.size += math.prod(shape)
 
     def fields(self, buffer: Any) -> dict[str, Any]:
-        """The fields by name, as views if the buffer is one of numpy's."""
+        """Returns the fields by name, as views if the buffer is one of numpy's."""
         return {
             name: buffer[self._offsets[name] : self._offsets[name] + math.prod(shape)].reshape(shape)
             for name, shape in self._shapes.items()
@@ -69,21 +69,21 @@ class RowLayout(_Layout):
         self.num_seqs = num_seqs
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """The fields as writable views of a host buffer."""
+        """Returns the fields as writable views of a host buffer."""
         fields = self.fields(buffer)
         return fields | {name: fields[name].view(np.float32) for name in FLOAT_FIELDS}
 
     def table(self, buffer: np.ndarray) -> np.ndarray:
-        """All fields as one writable view, i32[fields, S]."""
+        """Returns all fields as one writable view, i32[fields, S]."""
         return buffer.reshape(-1, self.num_seqs)
 
     def wanted_features(self, rows: np.ndarray) -> int:
-        """All features that some row of some shard asks for."""
+        """Returns all features that some row of some shard asks for."""
         parts = rows.reshape(-1, self.size)
         return int(np.bitwise_or.reduce([np.bitwise_or.reduce(self.fields(part)["features"]) for part in parts]))
 
     def unpack(self, packed: jax.Array) -> SamplingRows:
-        """The fields on the device; runs inside a step."""
+        """Returns the fields on the device; runs inside a step."""
         fields = self.fields(packed)
         return SamplingRows(**fields | {n: lax.bitcast_convert_type(fields[n], jnp.float32) for n in FLOAT_FIELDS})
 
@@ -118,15 +118,15 @@ class PackedLayout(_Layout):
         self.size += self.rows.size
 
     def rows_of(self, packed: np.ndarray) -> np.ndarray:
-        """The sampler's part of every shard's buffer, one after the other."""
+        """Returns the sampler's part of every shard's buffer, one after the other."""
         return packed.reshape(-1, self.size)[:, self.rows_start :].reshape(-1)
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """All fields as writable views of a host buffer."""
+        """Returns all fields as writable views of a host buffer."""
         return self.fields(buffer) | self.rows.views(buffer[self.rows_start :])
 
     def unpack(self, packed: jax.Array) -> StepInputs:
-        """The fields on the device; runs inside the step."""
+        """Returns the fields on the device; runs inside the step."""
         fields = self.fields(packed)
         attention = tuple(
             AttentionMetadata(
@@ -186,7 +186,7 @@ class SlotTable:
         return features
 
     def rows(self, slots: np.ndarray) -> np.ndarray:
-        """i32[fields, n]: the sampling parameters of some slots, in the order of `RowLayout`."""
+        """Returns the sampling parameters of some slots, i32[fields, n], in the order of `RowLayout`."""
         return self._layout.table(self._rows)[:, slots]
 
     def update_pages(self, sequences: Sequence[ScheduledSequence]) -> None:
@@ -202,7 +202,7 @@ class SlotTable:
 
 
 def request_features(params) -> Feature:
-    """What sampling parameters ask for."""
+    """Returns what sampling parameters ask for."""
     features = GREEDY
     if not params.is_greedy:
         features |= Feature.RANDOM
@@ -263,7 +263,7 @@ def pack(
 def advance(
     packed: np.ndarray, batches: Sequence[ScheduledBatch], layout: PackedLayout, tables: Sequence[SlotTable]
 ) -> np.ndarray:
-    """The inputs of a step that is run again, in a fresh buffer: every sequence has the token sampled before.
+    """Returns the inputs of a step that is run again, in a fresh buffer: every sequence has the token sampled before.
 
     Args:
         packed: What `pack` or this function gave for the time before.
@@ -342,7 +342,10 @@ def _pack_pages(
 def prompt_targets(
     batches: Sequence[ScheduledBatch], orders: Sequence[list[int]], num_tokens: int
 ) -> np.ndarray | None:
-    """i32[shards * T], the prompt token after each row of sequences that ask for its log probability, if any does."""
+    """Returns i32[shards * T]: after each row of sequences that ask for log probabilities, the prompt's next token.
+
+    None if no sequence asks.
+    """
     asks = (
         s.request.sampling_params.prompt_logprobs is not None
         for batch in batches

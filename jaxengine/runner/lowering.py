@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxengine.models.registry import abstract_model
+from jaxengine.models.abstract import abstract_model
 from jaxengine.runner.placement import bytes_on_a_device
 from jaxengine.runner.program_store import ProgramStore, open_store
 from jaxengine.runner.programs import ModelStep, Program, ProgramContext, Sampler
@@ -95,7 +95,7 @@ def bytes_beside_cache(
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function by another name: that of the program in XLA's profiles."""
+    """Returns a function by another name: that of the program in XLA's profiles."""
 
     def call(*args):
         return function(*args)

@@ -1,8 +1,7 @@
 """Processes that lower programs into the store of an engine that starts, beside it.
 
-Tracing a step and lowering its kernels is Python: 4 to 6 s a shape of Llama-3.1-8B on a GPU's host, one at a time in
-one process, whose steps wait for it as well. Here other processes do that, which need no device, and the engine's own
-reads what they have written.
+Tracing a step and lowering its kernels is Python, seconds a shape, one at a time in one process, whose steps wait for
+it as well. Here other processes do that, which need no device, and the engine's own reads what they have written.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 
 from jaxengine.config import EngineConfig
-from jaxengine.models.registry import abstract_model
+from jaxengine.models.abstract import abstract_model
 from jaxengine.pallas_kernels.target import num_cores, target_device
 from jaxengine.runner.lowering import lower
 from jaxengine.runner.program_store import jax_options, open_store
@@ -36,7 +35,7 @@ MAX_SECONDS = 180.0  # for one program, or to start; a process that takes longer
 
 
 def choose_num_processes(num_programs: int) -> int:
-    """How many processes lower so many programs: as many as half of the cores, and as are worth starting."""
+    """Returns how many processes lower so many programs: as many as half of the cores, and as are worth starting."""
     return min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, num_programs // PROGRAMS_A_PROCESS)
 
 

@@ -17,6 +17,7 @@ from jaxengine.config import EngineConfig
 from jaxengine.host_memory import release_free_memory
 from jaxengine.models.causal_lm import CausalLM
 from jaxengine.runner.buckets import NUM_REPEATS, Bucket
+from jaxengine.runner.cache_scales import CacheScales
 from jaxengine.runner.input_batch import ALL_BUT_MIN_TOKENS, SlotTable, advance, order_rows, pack, prompt_targets
 from jaxengine.runner.memory import reserve_small_blocks
 from jaxengine.runner.programs import GrammarMask, PromptLogprobs, Sampler, SetSlot
@@ -59,6 +60,7 @@ class ModelRunner:
             SlotTable(self.config.scheduler.max_num_seqs, context.tables, self.config.model.vocab_size)
             for _ in range(self._place.num_shards)
         ]
+        self._cache_scales: CacheScales | None = None
         self._caches: StepCaches | None = None
         self._state: Any = None
         self._last_token: Any = None
@@ -66,15 +68,24 @@ class ModelRunner:
         self._walls: list[jax.Array] = []
         self._released = time.monotonic()
 
-    def load(self, model: CausalLM) -> None:
-        """Takes the weights of a model of the same structure, and allocates the cache."""
-        self._take_weights(model)
+    def load(self, model: CausalLM, calibration_tokens: Sequence[int] = ()) -> None:
+        """Takes the weights of a model of the same structure, and allocates the cache.
+
+        Args:
+            model: The model.
+            calibration_tokens: What scales of the cache are measured on, if it has any; needed the first time only.
+        """
+        self._take_weights(model, calibration_tokens)
         self._allocate()
 
-    def _take_weights(self, model: CausalLM) -> None:
+    def _take_weights(self, model: CausalLM, calibration_tokens: Sequence[int] = ()) -> None:
         if self.programs.context.is_stacked:
             model.stack_layers()
-        self._leaves = self._put(FlatModel(model).leaves)
+        leaves = self._put(FlatModel(model).leaves)
+        if self.config.model.cache_scales:
+            self._cache_scales = self._cache_scales or CacheScales(self.programs.context, calibration_tokens)
+            leaves = self._cache_scales.fill(leaves)
+        self._leaves = leaves
         release_free_memory()
 
     def update_weights(self, weights: Weights) -> None:
@@ -97,6 +108,8 @@ class ModelRunner:
             raise RuntimeError(
                 "the new weights could not all be put in place, so the engine sleeps: wake_up() loads its checkpoint"
             ) from error
+        if self._cache_scales is not None:
+            self._leaves = self._cache_scales.refresh(self._leaves)
 
     @functools.cached_property
     def _updater(self) -> WeightUpdater:

@@ -34,7 +34,7 @@ class Placement:
         self.num_shards = 1 if mesh is None else mesh.shape[DATA]
 
     def context(self) -> contextlib.AbstractContextManager:
-        """What tracing needs around it."""
+        """Returns what tracing needs around it."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def replicated(self) -> NamedSharding | None:
@@ -42,11 +42,11 @@ class Placement:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def shards_sharding(self) -> NamedSharding | None:
-        """Of what every shard has its own part of."""
+        """Returns the sharding of what every shard has its own part of."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA))
 
     def outputs_sharding(self) -> NamedSharding | None:
-        """Of what the host reads: every process reads everything."""
+        """Returns the sharding of what the host reads: every process reads everything."""
         return self.replicated() if is_multiprocess() else self.shards_sharding()
 
     def put(self, x: np.ndarray, sharding: NamedSharding | None) -> jax.Array | np.ndarray:
@@ -60,7 +60,7 @@ class Placement:
         return jax.device_put(self.put(x, sharding), sharding)
 
     def heads_sharding(self) -> NamedSharding | None:
-        """Of pages, whose second axis is that of the heads."""
+        """Returns the sharding of pages, whose second axis is that of the heads."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(DATA, MODEL))
 
     def of_every_shard(self, function: Callable[..., Any], is_shared: Sequence[bool]) -> Callable[..., Any]:
@@ -79,7 +79,7 @@ class Placement:
         return jax.shard_map(function, in_specs=specs, out_specs=own, axis_names={DATA}, check_vma=False)
 
     def parameters(self, state: nnx.State) -> list[NamedSharding | None]:
-        """Of a model's parameters: one for each of its leaves, in their order.
+        """Returns the shardings of a model's parameters: one for each of its leaves, in their order.
 
         A parameter is one array; a matrix of several arrays is several parameters of its layer.
         """
@@ -94,13 +94,13 @@ class Placement:
         return named_sharding(self.mesh, (*stacked, *axes), param.shape)
 
     def columns_sharding(self, num_columns: int) -> NamedSharding | None:
-        """Of what has a column for every token: where that token's logits are."""
+        """Returns the sharding of what has a column for every token: where that token's logits are."""
         if self.mesh is None or num_columns % self.size:
             return self.shards_sharding()
         return NamedSharding(self.mesh, PartitionSpec(DATA, MODEL))
 
     def sampling_state(self, state: Any, vocab_size: int) -> Any:
-        """Of the sampling state."""
+        """Returns the shardings of the sampling state."""
 
         def of(x: jax.ShapeDtypeStruct) -> NamedSharding | None:
             has_column_per_token = len(x.shape) == 2 and x.shape[-1] == vocab_size
@@ -114,12 +114,12 @@ def _is_variable(x: Any) -> bool:
 
 
 def abstract(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
-    """The shape, dtype and place of an array."""
+    """Returns the shape, dtype and place of an array."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def bytes_on_a_device(x: Any, sharding: NamedSharding | None) -> int:
-    """Bytes of an array's part on one device."""
+    """Returns the bytes of an array's part on one device."""
     size = x.size * x.dtype.itemsize
     if sharding is None or not x.size:
         return size

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 ACCELERATOR_DTYPE = "bfloat16"
 MAX_TOKENS_OF_TRITON = 32
+EIGHT_BITS = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -49,8 +50,13 @@ def resolve_dtypes(
     names = {"half": "float16", "float": "float32"}
     if dtype not in accepted:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(accepted)}")
-    if kv_cache_dtype not in accepted:
-        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {', '.join(accepted)}")
+    if kv_cache_dtype == "fp8_e5m2":
+        raise ValueError(
+            "kv_cache_dtype='fp8_e5m2': keys and values have scales, so its range is of no use and its two bits of "
+            "precision are too few; 'fp8' (e4m3) takes as little memory"
+        )
+    if kv_cache_dtype not in (*accepted, *EIGHT_BITS):
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {', '.join((*accepted, *EIGHT_BITS))}")
     stored = checkpoint_dtype or "float32"
     if stored not in STORED_DTYPES:
         raise ValueError(f"the checkpoint's dtype is {stored!r:.100}; known are {', '.join(STORED_DTYPES)}")
@@ -64,7 +70,7 @@ def resolve_dtypes(
     else:
         chosen = cache = names.get(dtype, dtype)
     if kv_cache_dtype != "auto":
-        cache = names.get(kv_cache_dtype, kv_cache_dtype)
+        cache = (names | EIGHT_BITS).get(kv_cache_dtype, kv_cache_dtype)
     is_narrow = is_cpu and is_loop and chosen == "float32" and stored in ("bfloat16", "float16")
     return Dtypes(jnp.dtype(chosen).name, stored if is_narrow else jnp.dtype(chosen).name, jnp.dtype(cache).name)
 

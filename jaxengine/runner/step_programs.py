@@ -93,11 +93,11 @@ class StepPrograms:
         return self.context.num_pages
 
     def step(self, bucket: Bucket) -> Callable:
-        """The model's part of steps of a shape, as `get` gives it."""
+        """Returns the model's part of steps of a shape, as `get` gives it."""
         return self._compiler.get(self._steps[bucket])
 
     def get(self, key: Program) -> Callable:
-        """A compiled program; waits for it, ahead of all others, if need be.
+        """Returns a compiled program; waits for it, ahead of all others, if need be.
 
         Raises:
             Exception: Whatever its compilation raised.
@@ -112,7 +112,7 @@ class StepPrograms:
         return compile_lowered(key, self.context, lowered)
 
     def lacks(self, key: Program) -> bool:
-        """Whether a program is to be lowered, and could be kept."""
+        """Returns whether a program is to be lowered, and could be kept."""
         return self._store is not None and self._store.lacks(key)
 
     def lower(self, key: Program) -> jax.stages.Lowered:
@@ -120,7 +120,7 @@ class StepPrograms:
         return lower(key, self.context, self._store)
 
     def bytes_beside_cache(self) -> int:
-        """Memory of one device that the weights need, and the largest step and its sampler.
+        """Returns memory of one device that the weights need, and the largest step and its sampler.
 
         Processes that lower start meanwhile if nothing is stored.
         """
@@ -161,7 +161,7 @@ class StepPrograms:
         self._compiler.wait(keys)
 
     def compiled_programs(self) -> list[str]:
-        """The text of every program compiled so far, as XLA made it."""
+        """Returns the text of every program compiled so far, as XLA made it."""
         return [self._compiler.get(key).as_text() for key in self._compiler.ready_keys()]
 
     def wait_until_ready(self) -> None:
@@ -169,7 +169,7 @@ class StepPrograms:
         self._compiler.get(self._warmup_keys()[0])
 
     def max_ready_tokens(self) -> int | None:
-        """How many tokens the next step may have so that a compiled bucket holds it, however many sequences they are.
+        """Returns how many tokens the next step may have so that a compiled bucket holds it, in however many sequences.
 
         While nothing is compiled yet, as many as the bucket that will be first. None for any number.
         """
@@ -182,7 +182,7 @@ class StepPrograms:
         return fitting(self.buckets, shape.num_tokens, shape.num_seqs, decode_only=shape.decode_only)
 
     def pick(self, shape: StepShape) -> Bucket:
-        """The smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
+        """Returns the smallest compiled bucket that holds a step, or the smallest of all if those are far larger."""
         candidates = self._fitting(shape)
         if self.config.warmup == "none":
             return candidates[0]
@@ -193,9 +193,10 @@ class StepPrograms:
         return candidates[0]
 
     def repeated(self, bucket: Bucket, wanted: int) -> Callable | None:
-        """The program that runs decode steps of a shape `NUM_REPEATS` times; None where there is none, or none yet.
+        """Returns the program that runs decode steps of a shape `NUM_REPEATS` times.
 
-        No step waits for it, and with `warmup="none"` only `compile_ahead` has it compiled.
+        None where there is none, or none yet. No step waits for it, and with `warmup="none"` only `compile_ahead` has
+        it compiled.
 
         Args:
             bucket: The shape.

@@ -65,7 +65,7 @@ class FlatModel:
 
 
 def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: bool = False):
-    """The model's part of a step, for one bucket.
+    """Returns the model's part of a step, for one bucket.
 
     Args:
         sums_over_peers: Whether the devices that share the model add up through the workspace of `caches`.
@@ -106,7 +106,7 @@ def make_forward(model: FlatModel, layout: PackedLayout, *, sums_over_peers: boo
 
 
 def make_repeat(forward: Callable[..., Any], sampler: Callable[..., Any] | None, rows_start: int, times: int):
-    """A decode step that is run several times in one call.
+    """Returns a decode step that is run several times in one call.
 
     Unrolled it would be no faster, for the host launches as many kernels; as a loop it is compiled as fast as one step.
 
@@ -135,7 +135,7 @@ def make_repeat(forward: Callable[..., Any], sampler: Callable[..., Any] | None,
 
 
 def make_sampler(layout: RowLayout, *, features: Feature, processors: Sequence[LogitsProcessor], num_top: int):
-    """The sampler of steps of S sequences that ask for no other features than these.
+    """Returns the sampler of steps of S sequences that ask for no other features than these.
 
     Args:
         processors: Users' logits processors, in the order of the bits of `SamplingRows.processors`.
@@ -155,7 +155,7 @@ def make_sampler(layout: RowLayout, *, features: Feature, processors: Sequence[L
 
 
 def make_prompt_logprobs(model: FlatModel, num_top: int):
-    """Log probabilities of `targets` i32[T] after each row of `hidden` [T, D], a few rows' logits at a time.
+    """Returns log probabilities of `targets` i32[T] after each row of `hidden` [T, D], a few rows' logits at a time.
 
     Returns:
         prompt_logprobs(leaves, hidden, targets) -> Logprobs of T rows.

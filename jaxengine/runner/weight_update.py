@@ -8,8 +8,10 @@ whose memory stays where it is.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxengine.loading.loader import NUM_READERS
 from jaxengine.loading.parameters import (
     Groups,
     are_finite,
@@ -28,9 +31,9 @@ from jaxengine.loading.parameters import (
     pieces,
     warn_not_finite,
 )
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.layer_stack import STACKED
 from jaxengine.models.layers.param import ParameterSpec, spec_of
-from jaxengine.models.registry import abstract_model
 from jaxengine.models.weights import WeightSpec, parameters
 from jaxengine.runner.programs import ProgramContext
 from jaxengine.sharding.rules import named_sharding
@@ -80,6 +83,8 @@ class WeightUpdater:
         config = context.config
         model = abstract_model(config.model, config.dtype, config.weight_dtype)
         leaves = {path: number for number, path in enumerate(context.model.paths())}
+        # A device's memory may have no room for both; on CPUs others may read the memory of what has been put there.
+        self._frees_first = config.platform != "cpu"
         self._place, self._shardings = context.place, context.leaf_shardings
         self._prefix = model.base_prefix
         self._ignored = (*model.ignored_tensors, *(("lm_head.weight",) if config.model.tie_word_embeddings else ()))
@@ -112,25 +117,34 @@ class WeightUpdater:
 
     def apply(self, changes: Sequence[_Change], leaves: list[jax.Array]) -> None:
         """Puts what `check` gave into the leaves, one after the other, each of which is replaced in the list."""
-        by_leaf: dict[int, list[_Change]] = {}
+        on_host: dict[int, list[_Change]] = {}
         for change in changes:
-            by_leaf.setdefault(change.parameter.leaf, []).append(change)
-        finite: list[tuple[_Change, jax.Array]] = []
-        for number, own in by_leaf.items():
-            on_host = [change for change in own if not change.is_on_devices()]
-            if on_host:
-                leaves[number] = self._read(on_host, leaves[number], self._shardings[number])
-            for change in own:
-                if change.is_on_devices():
-                    leaves[number], is_finite = self._write(change, leaves[number], self._shardings[number])
-                    finite.append((change, is_finite))
+            if not change.is_on_devices():
+                on_host.setdefault(change.parameter.leaf, []).append(change)
+
+        def read(number: int) -> jax.Array:
+            return self._read(on_host[number], leaves[number], self._shardings[number])
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for numbers in itertools.batched(on_host, NUM_READERS):  # few copies are alive at once
+                for number, leaf in zip(numbers, pool.map(read, numbers), strict=True):
+                    leaves[number] = leaf
+        finite = []
+        for change in changes:
+            if change.is_on_devices():
+                number = change.parameter.leaf
+                leaves[number], is_finite = self._write(change, leaves[number], self._shardings[number])
+                finite.append((change.parameter, is_finite))
         jax.block_until_ready(leaves)
-        for change, is_finite in finite:
+        for parameter, is_finite in finite:
             if not is_finite:
-                warn_not_finite(change.parameter.spec.names, ORIGIN)
+                warn_not_finite(parameter.spec.names, ORIGIN)
 
     def _by_name(self, weights: Weights) -> dict[str, Any]:
-        """The arrays under the names that the model has; a checkpoint of the bare model leaves the prefix out."""
+        """Returns the arrays under the names that the model has.
+
+        A checkpoint of the bare model leaves the prefix out.
+        """
         arrays, unknown = {}, []
         pair: Any
         for pair in weights.items() if isinstance(weights, Mapping) else weights:
@@ -155,7 +169,7 @@ class WeightUpdater:
         return arrays
 
     def _read(self, changes: Sequence[_Change], leaf: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-        """A leaf with what comes from the host; each device reads its own part."""
+        """Returns a leaf with what comes from the host; each device reads its own part."""
         layers = {change.parameter.layer for change in changes}
         num_layers = 1 if None in layers else leaf.shape[0]
         is_whole = len(layers) == num_layers and all(change.is_whole() for change in changes)
@@ -177,12 +191,14 @@ class WeightUpdater:
                     warn_not_finite(parameter.spec.names, ORIGIN)
             return out
 
+        if is_whole and self._frees_first:
+            leaf.delete()
         if sharding is None:
             return jax.device_put(read((slice(None),) * leaf.ndim))
         return jax.make_array_from_callback(leaf.shape, sharding, read)
 
     def _write(self, change: _Change, leaf: jax.Array, sharding: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
-        """A leaf with what comes from devices, and whether all of that is finite."""
+        """Returns a leaf with what comes from devices, and whether all of that is finite."""
         parameter = change.parameter
         groups = [[self._placed(part, parameter, leaf) for part in group] for group in change.groups]
         layer = None if parameter.layer is None else np.int32(parameter.layer)
@@ -190,7 +206,10 @@ class WeightUpdater:
         return write(leaf, groups, layer)
 
     def _placed(self, tensor: Any, parameter: _Parameter, leaf: jax.Array) -> Any:
-        """A tensor on the devices of a leaf. What is there stays, and what is elsewhere is spread as the leaf is."""
+        """Returns a tensor on the devices of a leaf.
+
+        What is there stays, and what is elsewhere is spread as the leaf is.
+        """
         mesh = self._place.mesh
         if tensor is None:
             return None
@@ -217,7 +236,7 @@ def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int,
 def _writer(
     own: ParameterSpec, transpose: bool, stack: bool, sharding: NamedSharding | None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """One function for all parameters of a kind; of stacked layers one for all of them.
+    """Returns one function for all parameters of a kind; of stacked layers one for all of them.
 
     Returns:
         write(leaf, groups, layer) -> (leaf, is_finite); the leaf is donated, so that it stays where it is.

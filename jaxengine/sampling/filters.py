@@ -5,9 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from jaxengine.sharding.mesh import MODEL, model_axis_size
+from jaxengine.sharding.mesh import COLUMNS, MODEL, model_axis_size, on_each_device
 
 FEW = 64
 """A row whose `top_k` is at most this needs no more than its `top_few`."""
@@ -18,7 +17,7 @@ BITS = 2
 
 
 def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The `FEW` largest of each row; of equal ones any may be left out.
+    """Returns the `FEW` largest of each row; of equal ones any may be left out.
 
     They are in the `FEW` groups of neighbours whose maxima are largest, so it takes one pass over the logits, and the
     sorting of some hundred numbers.
@@ -44,7 +43,10 @@ def top_few(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def filter_few(values: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """`filter_logits` of a row's `top_few`, f32[S, n], where `top_k` is 1 to n: compares each pair of them."""
+    """Returns what `filter_logits` makes of a row's `top_few`, f32[S, n], where `top_k` is 1 to n.
+
+    It compares each pair of them.
+    """
     top = values.max(axis=-1, keepdims=True)
     values = jnp.where(values - top >= jnp.log(min_p)[:, None], values, -jnp.inf)
     is_greater = values[:, None, :] > values[:, :, None]  # [S, n, n], whether the last axis's is
@@ -140,9 +142,8 @@ def _sums(rows: list[jax.Array]) -> tuple[jax.Array, ...]:
     size = model_axis_size()
     if size == 1 or rows[0].shape[1] % size:
         return of_one_device(*rows)
-    specs = (PartitionSpec(None, MODEL),) * len(rows)
 
     def of_all(*parts):
         return lax.psum(tuple(of_one_device(*parts)), MODEL)
 
-    return jax.shard_map(of_all, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*rows)
+    return on_each_device(of_all, (COLUMNS,) * len(rows))(*rows)

@@ -34,7 +34,7 @@ def empty_logprobs(num_rows: int, num_top: int) -> Logprobs:
 
 
 def gather_logprobs(logits: jax.Array, token_ids: jax.Array, num_top: int) -> Logprobs:
-    """Log softmax of f32[R, V] logits at `token_ids` i32[R] and at the `num_top` best."""
+    """Returns the log softmax of f32[R, V] logits at `token_ids` i32[R] and at the `num_top` best."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, token_ids[:, None], axis=-1)
     ranks = jnp.sum(logprobs >= chosen, axis=-1, dtype=jnp.int32)

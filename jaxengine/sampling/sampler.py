@@ -105,7 +105,7 @@ LogitsProcessor = Callable[[jax.Array, LogitsState], jax.Array]
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """i32[S] of f32[S, V]: the whole sampler of a step in which no row has any feature."""
+    """Returns i32[S] of f32[S, V]: the whole sampler of a step in which no row has any feature."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -117,7 +117,7 @@ def mask_logits(logits: jax.Array, bitmask: jax.Array) -> jax.Array:
 
 
 def feature_set(wanted: int) -> Feature:
-    """The smallest of `FEATURE_SETS` that has all wanted features."""
+    """Returns the smallest of `FEATURE_SETS` that has all wanted features."""
     return next(features for features, others in _WITH_OTHERS if not wanted & others)
 
 
@@ -227,7 +227,7 @@ def _draw(logits, rows, filtered):
 
 
 def _draw_among_few(logits, rows):
-    """What `_draw` with filters gives where every random row has a `top_k` of at most `FEW`."""
+    """Returns what `_draw` with filters gives where every random row has a `top_k` of at most `FEW`."""
     is_random = rows.features & Feature.RANDOM.value != 0
     values, ids = top_few(logits)
     scaled = values / jnp.where(is_random, rows.temperature, 1.0)[:, None]

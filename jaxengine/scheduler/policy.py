@@ -14,7 +14,7 @@ _sort_key = attrgetter("sort_key")
 
 
 def sort_key(policy: SchedulingPolicy, request: Request, num_added: int) -> tuple:
-    """The request's place; smaller goes first. `num_added`, the requests added before it, makes it unique."""
+    """Returns the request's place; smaller goes first. `num_added`, the requests added before it, makes it unique."""
     if policy == "priority":
         return request.priority, request.arrival_time, num_added
     return (num_added,)

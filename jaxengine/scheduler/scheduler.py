@@ -74,7 +74,7 @@ class Scheduler:
         return bool(self._requests)
 
     def has_request(self, request_id: str) -> bool:
-        """Whether the id is that of an unfinished request."""
+        """Returns whether the id is that of an unfinished request."""
         return request_id in self._requests
 
     @property
@@ -239,7 +239,7 @@ class Scheduler:
             step.add(request, num_new)
 
     def _chunk_len(self, num_tokens: int, budget: int) -> int:
-        """How many of a prompt's `num_tokens` remaining tokens go in this step."""
+        """Returns how many of a prompt's `num_tokens` remaining tokens go in this step."""
         if not self.config.enable_chunked_prefill:
             return num_tokens if num_tokens <= budget else 0
         return min(num_tokens, budget, self.config.long_prefill_token_threshold or num_tokens)

@@ -144,7 +144,7 @@ class ShardedScheduler:
 
 
 def make_scheduler(config: EngineConfig, num_pages: int) -> ShardedScheduler:
-    """The scheduler of an engine whose shards have so many pages each."""
+    """Returns the scheduler of an engine whose shards have so many pages each."""
     groups, most = page_groups(config), config.scheduler.max_num_batched_tokens
     caches = [
         KVCacheManager(num_pages, config.block_size, config.enable_prefix_caching, groups, most)

@@ -48,7 +48,7 @@ class BatchLine:
 
 
 def read_batch(path: Path) -> Iterator[BatchLine]:
-    """The lines of an input that are not blank, whatever is wrong with them."""
+    """Yields the lines of an input that are not blank, whatever is wrong with them."""
     with path.open("rb") as file:
         for number, data in enumerate(file, 1):
             if data.strip():
@@ -97,7 +97,7 @@ def check_batch(path: Path) -> list[str | int]:
 
 
 def answered(path: Path) -> set[str | int]:
-    """Keys of the lines that an output, if there is one, has answers of.
+    """Returns the keys of the lines that an output, if there is one, has answers of.
 
     A last line without its end was being written when a run was cut off: it is removed from the file.
 

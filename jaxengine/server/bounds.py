@@ -46,7 +46,10 @@ MAX_SALT = 1024
 
 
 def at_most(number: int) -> Any:
-    """A list of at most so many; of one that is wrong the first error is told, and the rest is not looked at."""
+    """Returns a list of at most so many.
+
+    Of a list that is wrong the first error is told, and the rest is not looked at.
+    """
     return Field(max_length=number, fail_fast=True)
 
 

@@ -66,7 +66,7 @@ class _Call:
         return self._server.answer_parser(processed[0], self._use, max_calls=max_calls)
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
-        """The whole answer."""
+        """Returns the whole answer."""
         (output,) = [output async for output in outputs]
         self._usage.add(output)
         choices = []
@@ -85,7 +85,7 @@ class _Call:
         return body
 
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[dict[str, Any]]:
-        """The events of a stream: for each choice its role, then its reasoning, content and calls."""
+        """Yields the events of a stream: for each choice its role, then its reasoning, content and calls."""
         extra = {"usage": None} if self._body.include_usage else {}
         parsers: dict[int, AnswerParser] = {}
         prompt: dict[str, Any] = {}
@@ -154,7 +154,10 @@ def _tell(told: dict[str, Any], part: Part) -> None:
 
 
 def _deltas(parser: AnswerParser, completion: CompletionOutput) -> list[dict[str, Any]]:
-    """What a piece of a completion adds to its message: one delta for the text, one for each piece of a call."""
+    """Returns what a piece of a completion adds to its message.
+
+    There is one delta for the text, and one for each piece of a call.
+    """
     deltas: list[dict[str, Any]] = []
     index = parser.num_calls - 1
     for part in parser.feed(completion.text, final=completion.finish_reason is not None):

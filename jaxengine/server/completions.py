@@ -60,7 +60,7 @@ class _Call:
         self._offsets: dict[int, int] = {}  # characters that a choice has told
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
-        """The whole answer."""
+        """Returns the whole answer."""
         places = {item.request_id: place for place, item in enumerate(processed)}
         choices = []
         async for output in outputs:
@@ -69,7 +69,7 @@ class _Call:
         return self._head | {"choices": choices, "usage": self._usage_json()}
 
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[dict[str, Any]]:
-        """The events of a stream."""
+        """Yields the events of a stream."""
         places = {item.request_id: place for place, item in enumerate(processed)}
         extra = {"usage": None} if self._body.include_usage else {}
         async for output in outputs:
@@ -84,7 +84,7 @@ class _Call:
         return [self._choice(place * self._body.n + c.index, output, c) for c in output.outputs]
 
     def _choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        """What an output adds to a choice; its prompt comes first if it is to be repeated."""
+        """Returns what an output adds to a choice; its prompt comes first if it is to be repeated."""
         texts, token_ids, logprobs = [], [], []  # of the prompt too, if that is repeated
         is_first = index not in self._offsets
         if self._body.echo and is_first:
@@ -121,7 +121,7 @@ class _Call:
     def _logprobs(
         self, token_ids: Sequence[int], positions: Sequence[TokenLogprobDict | None], offset: int
     ) -> tuple[dict[str, Any], int]:
-        """Log probabilities in the form of completions, and the offset of the text that follows."""
+        """Returns the log probabilities in the form of completions, and the offset of the text that follows."""
         tokens, values, tops, offsets = [], [], [], []
         for token_id, position in zip(token_ids, positions, strict=True):
             if position is None:  # nothing comes before the first token of a prompt

@@ -48,7 +48,7 @@ class APIError(HTTPException):
         self.param, self.code = None if param is None else shorten(param, MAX_QUOTED), code
 
     def body(self) -> dict[str, Any]:
-        """The JSON object that OpenAI's clients read."""
+        """Returns the JSON object that OpenAI's clients read."""
         kind = TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
@@ -63,7 +63,7 @@ class ClientDisconnected(Exception):
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What to tell a client of an error; those that are not the client's fault and not expected are logged."""
+    """Returns what to tell a client of an error; those that are not the client's fault and not expected are logged."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, EngineDeadError):

@@ -90,7 +90,10 @@ def _check_prompt_logprobs(processed: list[ProcessedInput]) -> None:
 
 
 def call_ids(request: Request, kind: str) -> tuple[str, str]:
-    """The id with which a call is answered, made of that of its header; and one that no other call has, for the engine.
+    """Returns two ids of a call.
+
+    The first is the one with which it is answered, made of that of its header. The second is for the engine, and no
+    other call has it.
 
     A client that tries again brings the same id while the first try still runs.
     """
@@ -196,7 +199,7 @@ class Usage:
 
 
 def finite(logprob: float) -> float:
-    """A log probability as JSON can tell it."""
+    """Returns a log probability as JSON can tell it."""
     return max(logprob, MIN_LOGPROB)
 
 

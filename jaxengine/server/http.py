@@ -53,7 +53,7 @@ def max_connections() -> int:
 
 
 def bounded_protocol(max_body_size: int, num_allowed: int) -> type[BoundedProtocol]:
-    """The protocol of one server. Args: max_body_size, num_allowed: See `BoundedProtocol`."""
+    """Returns the protocol of one server. Args: max_body_size, num_allowed: See `BoundedProtocol`."""
     members = {"max_body_size": max_body_size, "num_allowed": num_allowed, "_idle": {}, "_unfinished": {}}
     return type("ServerProtocol", (BoundedProtocol,), members)
 

@@ -94,7 +94,7 @@ def _histogram(
 
 
 def make_registry(server: ServerState) -> CollectorRegistry:
-    """A registry of its own: nothing is shared between servers of a process."""
+    """Returns a registry of its own: nothing is shared between servers of a process."""
     registry = CollectorRegistry()
     registry.register(ServerCollector(server))
     return registry

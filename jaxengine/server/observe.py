@@ -62,7 +62,7 @@ class Observer:
 
 
 def _given(params: SamplingParams) -> str:
-    """What differs from the defaults."""
+    """Returns what differs from the defaults."""
     default = SamplingParams()
     names = [field.name for field in dataclasses.fields(params) if field.init and field.name != "output_kind"]
     changed = [

@@ -15,7 +15,7 @@ _HTML = (files("jaxengine.server") / "page.html").read_text(encoding="utf-8")
 
 
 def _hashes(tag: str) -> str:
-    """What the policy calls the page's own scripts or styles."""
+    """Returns what the policy calls the page's own scripts or styles."""
     texts = re.findall(rf"<{tag}>(.*?)</{tag}>", _HTML, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
     return " ".join(f"'sha256-{digest}'" for digest in digests)
@@ -38,6 +38,6 @@ _POLICY = "; ".join(
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """The page."""
+    """Returns the page."""
     headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
     return HTMLResponse(_HTML, headers=headers)

@@ -126,7 +126,7 @@ class SamplingBody(Body):
         raise NotImplementedError
 
     def form(self) -> StructuredOutputsParams | None:
-        """The form that the text is to have; None for any.
+        """Returns the form that the text is to have; None for any.
 
         Raises:
             APIError, ValueError: Fields of it are wrong or do not fit together.
@@ -206,7 +206,7 @@ class CompletionBody(GenerationBody):
         return self.echo and self.max_tokens == 0
 
     def prompts(self, cache_salt: str | None) -> list[Prompt]:
-        """The prompts: text or token ids, one or several.
+        """Returns the prompts: text or token ids, one or several.
 
         Args:
             cache_salt: Of each.

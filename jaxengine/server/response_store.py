@@ -31,7 +31,7 @@ class ResponseStore:
             self.delete(oldest, owner=oldest_owner)
 
     def get(self, response_id: str, *, owner: str = "") -> dict[str, Any] | None:
-        """A copy of an object; None if it is unknown or has been dropped."""
+        """Returns a copy of an object; None if it is unknown or has been dropped."""
         data = self._entries.get((owner, response_id))
         return None if data is None else msgspec.json.decode(data)
 

@@ -75,7 +75,7 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
 
 @router.get("/v1/responses/{response_id}")
 async def retrieve_response(response_id: str, request: Request) -> Response:
-    """An answer that was stored."""
+    """Returns an answer that was stored."""
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
         raise APIError(400, "stream: an answer that was stored is only told whole", param="stream")
     return json_response(_stored(request, response_id, 404, "response_id")["response"])
@@ -92,13 +92,13 @@ async def delete_response(response_id: str, request: Request) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request) -> Response:
-    """Refused: only responses in the background could be cancelled, and there are none."""
+    """Refuses: only responses in the background could be cancelled, and there are none."""
     _stored(request, response_id, 404, "response_id")
     raise APIError(400, f"response {quote(response_id)} has ended; a running one ends when its client leaves")
 
 
 def _stored(request: Request, response_id: str, status: int, param: str) -> dict[str, Any]:
-    """An answer that the request's key has made; raises APIError of this status if there is none."""
+    """Returns an answer that the request's key has made; raises APIError of this status if there is none."""
     server = ServerState.of(request)
     found = server.responses.get(response_id, owner=server.owner(request))
     if found is None:
@@ -149,13 +149,13 @@ class _Call:
         }
 
     async def answer(self, processed: list[ProcessedInput], outputs: RequestStream) -> dict[str, Any]:
-        """The whole answer: the response that the last event carries."""
+        """Returns the whole answer: the response that the last event carries."""
         async for _ in self.events(processed, outputs):
             pass
         return self._response
 
     async def events(self, processed: list[ProcessedInput], outputs: RequestStream) -> AsyncGenerator[Event]:
-        """The events of a stream. Objects in them grow on after the next one is asked for."""
+        """Yields the events of a stream. Objects in them grow on after the next one is asked for."""
         max_calls = None if self._body.parallel_tool_calls else 1
         parser = self._server.answer_parser(processed[0], self._use, max_calls=max_calls)
         usage, finish_reason = Usage(), None
@@ -251,7 +251,7 @@ class _Call:
         return self._event(kind, output_index=len(self._output) - 1, **fields)
 
     def _text_event(self, kind: str, **fields: Any) -> Event:
-        """An event about the text of the open item."""
+        """Returns an event about the text of the open item."""
         item = self._output[-1]
         name = item["content"][0]["type"]
         extra = {"logprobs": []} if name == "output_text" else {}

@@ -109,7 +109,7 @@ class ResponseTool(Strict):
     strict: bool | None = None
 
     def as_tool(self) -> Tool:
-        """The same, as chat completions and chat templates have it."""
+        """Returns the same, as chat completions and chat templates have it."""
         return Tool.model_validate(
             {"type": "function", "function": self.model_dump(exclude_unset=True, exclude={"type"})}
         )
@@ -163,7 +163,7 @@ class ResponsesBody(SamplingBody):
         return self.text.format.as_params()
 
     def chat_tool_choice(self) -> ToolChoice:
-        """`tool_choice` as chat completions have it."""
+        """Returns `tool_choice` as chat completions have it."""
         if isinstance(self.tool_choice, ResponseNamedTool):
             return NamedTool(type="function", function=FunctionName(name=self.tool_choice.name))
         return self.tool_choice
@@ -191,7 +191,7 @@ def chat_messages(instructions: str | None, items: list[AnyItem]) -> list[dict[s
 
 
 def _assistant(messages: list[dict[str, Any]], *taken: str) -> dict[str, Any]:
-    """The message that the model is writing, if it has none of some fields yet; a new one otherwise."""
+    """Returns the message that the model is writing, if it has none of some fields yet; a new one otherwise."""
     if not messages or messages[-1]["role"] != "assistant" or any(name in messages[-1] for name in taken):
         messages.append({"role": "assistant"})
     return messages[-1]

@@ -153,16 +153,16 @@ class ServerState:
 
     @classmethod
     def of(cls, request: Request) -> ServerState:
-        """The state of the application that a request came to."""
+        """Returns the state of the application that a request came to."""
         return request.app.state.server
 
     @staticmethod
     def owner(request: Request) -> str:
-        """Names whose request it is, if there are several keys; "" if all is everybody's."""
+        """Returns whose request it is, if there are several keys; "" if all is everybody's."""
         return getattr(request.state, "owner", "")
 
     def cache_salt(self, request: Request, given: str | None) -> str | None:
-        """The salt of a request's cached pages: its own, if it brings one, among those of its key.
+        """Returns the salt of a request's cached pages: its own, if it brings one, among those of its key.
 
         Whether a prefix is cached, which answers tell, says then nothing about what others have asked.
         """
@@ -189,7 +189,7 @@ class ServerState:
             self._num_admitted -= num_completions
 
     def model_name(self, asked: str | None) -> str:
-        """The name to answer with.
+        """Returns the name to answer with.
 
         Raises:
             APIError: Another model is asked for (404).
@@ -219,7 +219,7 @@ class ServerState:
         chat_template: str | None = None,
         **options: Any,
     ) -> ChatText:
-        """The text of a conversation, with the request's template, the server's or the model's.
+        """Returns the text of a conversation, with the request's template, the server's or the model's.
 
         Args:
             get_messages: Gives the messages, in the tokenizer's thread.
@@ -242,13 +242,16 @@ class ServerState:
         return ChatText(self.llm, make_job=lambda: template_job(tokenizer, get_messages(), **options))
 
     def text_options(self, use: ToolUse) -> dict[str, Any]:
-        """Sampling parameters for text that is parsed: in many models what marks calls and reasoning is special."""
+        """Returns sampling parameters for text that is parsed.
+
+        They keep special tokens: in many models what marks calls and reasoning is special.
+        """
         if use.form is not None:
             return {"structured_outputs": use.form}
         return {"skip_special_tokens": False} if use.tools or self.settings.reasoning_parser else {}
 
     def answer_parser(self, processed: ProcessedInput, use: ToolUse, *, max_calls: int | None) -> AnswerParser:
-        """A parser of one completion of a prompt."""
+        """Returns a parser of one completion of a prompt."""
         if use.form is not None:
             return AnswerParser(None, JSONParser(), max_calls)
         style, calls = self.settings.reasoning_parser, self.settings.tool_call_parser

@@ -36,7 +36,7 @@ class PlainFormat(Strict):
     type: Literal["text", "json_object"] = "text"
 
     def as_params(self) -> StructuredOutputsParams | None:
-        """What this asks for; None for any text."""
+        """Returns what this asks for; None for any text."""
         return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
 
 
@@ -47,7 +47,7 @@ class SchemaFormat(JsonSchema):
     schema_: dict[str, Any] = Field(alias="schema")
 
     def as_params(self) -> StructuredOutputsParams:
-        """What this asks for."""
+        """Returns what this asks for."""
         return StructuredOutputsParams(json=self.schema_)
 
 
@@ -70,7 +70,7 @@ class StructuredOutputs(Strict):
 def structured_outputs(
     response_format: ResponseFormat | None, options: StructuredOutputs | None
 ) -> StructuredOutputsParams | None:
-    """What the two fields of a body ask for; None for any text.
+    """Returns what the two fields of a body ask for; None for any text.
 
     Raises:
         APIError: They do not fit together, or `json_schema` is missing.

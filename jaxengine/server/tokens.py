@@ -17,7 +17,7 @@ router = APIRouter(route_class=BoundedRoute)
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, request: Request) -> Response:
-    """The token ids of a prompt or of a conversation."""
+    """Returns the token ids of a prompt or of a conversation."""
     server = ServerState.of(request)
     server.model_name(body.model)
     tokenizer = server.tokenizer
@@ -46,7 +46,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request) -> Response:
-    """The text of token ids."""
+    """Returns the text of token ids."""
     server = ServerState.of(request)
     server.model_name(body.model)
     tokenizer = server.tokenizer

@@ -34,7 +34,7 @@ class Tool(Strict):
     function: Function
 
     def shown(self) -> dict[str, Any]:
-        """What the model is shown of it, as the client has given it."""
+        """Returns what the model is shown of it, as the client has given it."""
         return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
 
 
@@ -68,7 +68,7 @@ class ToolUse:
 
 
 def tool_use(tools: list[Tool], choice: ToolChoice | None, *, parallel: bool, auto: bool) -> ToolUse:
-    """What a request makes of its tools.
+    """Returns what a request makes of its tools.
 
     Args:
         tools: Those of the request.

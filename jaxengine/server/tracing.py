@@ -27,7 +27,7 @@ class RequestTracer:
 
     @classmethod
     def to_collector(cls, endpoint: str, model: str) -> RequestTracer:
-        """One that sends spans, in batches and from a thread, to a collector: OTLP over HTTP."""
+        """Returns one that sends spans, in batches and from a thread, to a collector: OTLP over HTTP."""
         name = os.environ.get("OTEL_SERVICE_NAME", "jaxengine")  # the standard's own variable
         provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}), shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

@@ -18,7 +18,7 @@ class SizedCache[V]:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> V | None:
-        """The value of a key; None if there is none any more."""
+        """Returns the value of a key; None if there is none any more."""
         with self._lock:
             if key not in self._values:
                 return None

@@ -23,7 +23,7 @@ WHITESPACE = r"[ \t]{1,64}|\r?\n[ \t]{0,64}"
 
 
 def grammar_text(params: StructuredOutputsParams) -> str:
-    """The grammar in llguidance's own form, which is text and can be sent.
+    """Returns the grammar in llguidance's own form, which is text and can be sent.
 
     Raises:
         ValueError: A grammar in GBNF that cannot be read.
@@ -80,7 +80,7 @@ class GrammarCompiler:
         return LLTokenizer(setup["tokenizer"], n_vocab=setup["num_tokens"], eos_token=setup["eos_token_ids"])
 
     def matcher(self, grammar: Grammar | str) -> LLMatcher:
-        """A new matcher of an output that has not begun.
+        """Returns a new matcher of an output that has not begun.
 
         Raises:
             ValueError: The grammar is wrong, and why.
@@ -88,7 +88,7 @@ class GrammarCompiler:
         return self.compile(grammar).deep_copy()
 
     def compile(self, grammar: Grammar | str) -> LLMatcher:
-        """What `matcher` copies; kept for the next request with this grammar."""
+        """Returns what `matcher` copies; kept for the next request with this grammar."""
         grammar = Grammar(grammar, BYTES_A_CHARACTER * len(grammar)) if isinstance(grammar, str) else grammar
         compiled = self._compiled.get(grammar.text)
         if compiled is None:
@@ -145,7 +145,7 @@ def tokenizer_setup(tokenizer: Any, vocab_size: int, eos_token_ids: Iterable[int
 
 
 def _plain(backend: Any) -> Any:
-    """A copy of a `tokenizers.Tokenizer` that neither pads nor cuts."""
+    """Returns a copy of a `tokenizers.Tokenizer` that neither pads nor cuts."""
     copy = type(backend).from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()

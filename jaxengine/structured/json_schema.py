@@ -127,7 +127,7 @@ def close(schema: Any) -> Any:
 
 
 def _closing(root: Any, schema: Schema) -> Schema:
-    """What closes a schema, to be added to it."""
+    """Returns what closes a schema, to be added to it."""
     parts = _of_same_object(root, schema) if _is_composed(schema) else [schema]
     names: Schema = {}
     patterns: Schema = {}
@@ -147,7 +147,7 @@ def _closing(root: Any, schema: Schema) -> Schema:
 
 
 def _is_composed(schema: Schema) -> bool:
-    """Whether several schemas hold of the same object here."""
+    """Returns whether several schemas hold of the same object here."""
     parts = schema.get("allOf")
     num_parts = sum(word in schema for word in ("anyOf", "oneOf", "$ref", "then", "else", "dependentSchemas"))
     num_parts += len(parts) if isinstance(parts, list) else 0
@@ -156,7 +156,7 @@ def _is_composed(schema: Schema) -> bool:
 
 
 def _of_same_object(root: Any, schema: Schema) -> list[Schema]:
-    """A schema, and all that hold of the same object with it, references followed."""
+    """Returns a schema, and all that hold of the same object with it, references followed."""
     found: list[Schema] = []
     seen: set[int] = set()
     waiting: list[Any] = [schema]
@@ -175,7 +175,7 @@ def _of_same_object(root: Any, schema: Schema) -> list[Schema]:
 
 
 def _resolve(root: Any, reference: str) -> Any:
-    """What a reference into the schema itself means; None if there is no such place."""
+    """Returns what a reference into the schema itself means; None if there is no such place."""
     if reference != "#" and not reference.startswith("#/"):
         return None
     found = root

@@ -56,7 +56,7 @@ class Matchers:
         )
 
     def has_ended(self, request: Request, token_ids: Sequence[int]) -> bool:
-        """Whether tokens that were taken end the output: nothing may follow, whatever else asks for more."""
+        """Returns whether tokens that were taken end the output: nothing may follow, whatever else asks for more."""
         ends = {*request.stop_token_ids, *self._compiler.tokenizer.eos_tokens}
         matcher = self._matchers[request]
         return bool(token_ids) and token_ids[-1] in ends and (matcher.is_stopped() or matcher.is_accepting())

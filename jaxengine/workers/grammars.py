@@ -78,7 +78,7 @@ class GrammarChecker:
 
 
 def _key(params: StructuredOutputsParams) -> tuple[str, bytes]:
-    """A form as JSON, and what tells it from others.
+    """Returns a form as JSON, and what tells it from others.
 
     Raises:
         ValueError: It is too long, or nested too deeply to be written.

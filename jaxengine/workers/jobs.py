@@ -68,7 +68,7 @@ class Jobs:
 
 
 def memory_bytes() -> int:
-    """Memory that this process holds; 0 where the system does not tell."""
+    """Returns memory that this process holds; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

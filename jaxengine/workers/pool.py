@@ -216,7 +216,7 @@ class _Worker:
 
 
 def _send_and_read(stdin: IO[bytes], stdout: IO[bytes], line: bytes) -> bytes | None:
-    """An answer; None if the process has ended before it was whole."""
+    """Returns an answer; None if the process has ended before it was whole."""
     try:
         stdin.write(line)
         stdin.flush()

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.layers.cache_scale import cache_scale, is_scaled
 from jaxengine.models.layers.causal_attention import causal_attention
 from jaxengine.models.layers.linear import Linear
 from jaxengine.models.layers.matrix import LayerBuilder
@@ -21,7 +22,7 @@ from jaxengine.pallas_kernels.ragged_paged_attention import AttentionMetadata, r
 from jaxengine.pallas_kernels.rope_and_write import has_kernel, rope_and_write
 from jaxengine.sharding import axes
 from jaxengine.sharding.layout import Part
-from jaxengine.sharding.mesh import MODEL
+from jaxengine.sharding.mesh import COLUMNS, EVERYWHERE, on_each_device
 
 
 class Attention(nnx.Module):
@@ -47,11 +48,18 @@ class Attention(nnx.Module):
         dim, qkv_bias, output_bias = config.hidden_size, config.qkv_bias, config.output_bias
         self.qkv_proj = Linear(dim, (q, k, v), (axes.QKV_HEADS, axes.EMBED), build.at("qkv_proj"), bias=qkv_bias)
         self.o_proj = Linear(q, dim, (axes.EMBED, axes.HEADS), build.at("o_proj"), bias=output_bias)
+        if config.cache_scales:
+            self.k_scale, self.v_scale = (
+                cache_scale(
+                    Part(name, config.num_kv_heads, 1, heads.kv_heads), heads.size, is_abstract=build.rngs is None
+                )
+                for name in ("k_scale", "v_scale")
+            )
         if config.qk_norm is not None:
             self.q_norm, self.k_norm = (self._make_norm(config, part, build) for part in (q, k))
 
     def _make_norm(self, config: ModelConfig, part: Part, build: LayerBuilder) -> RMSNorm:
-        """The norm of queries or keys: of each head, or of all together."""
+        """Returns the norm of queries or keys: of each head, or of all together."""
         is_whole = config.qk_norm == "projection"
         return RMSNorm(
             part if is_whole else self.head_dim,
@@ -94,18 +102,24 @@ class Attention(nnx.Module):
         self, qkv: jax.Array, rope: RopeTable | None, cache: Any, meta: AttentionMetadata, options: dict[str, Any]
     ) -> tuple[jax.Array, Any]:
         """Attends over the cache: `[T, N, H]`, and the cache with the new keys and values."""
+        scales = None
+        if hasattr(self, "k_scale") and is_scaled(cache[0].dtype):
+            scales = jnp.stack([self.k_scale[...], self.v_scale[...]])  # f32[2, K]
         if rope is not None and self.qk_norm != "projection" and has_kernel(qkv, rope[0], cache, meta):
             k = v = None
-            q, cache = self._rotate(qkv, rope, cache, meta)
+            q, cache = self._rotate(qkv, rope, cache, meta, scales)
         else:
             q, k, v = self._heads(qkv, rope)
-        attend = functools.partial(ragged_paged_attention, **options)
-        if self.heads.size > 1:
-            attend = over_heads(attend, (True, True, True, True, False))
-        return attend(q, k, v, cache, meta)
+
+        def attend(q, k, v, cache, scales, meta):
+            return ragged_paged_attention(q, k, v, cache, meta, **options, **_by_name(scales))
+
+        has_heads = (True, True, True, True, True, False)
+        run: Callable[..., Any] = over_heads(attend, has_heads) if self.heads.size > 1 else attend
+        return run(q, k, v, cache, scales, meta)
 
     def _heads(self, qkv: jax.Array, rope: RopeTable | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
+        """Returns queries `[T, N, H]`, keys and values `[T, K, H]`, normed and rotated."""
         num_tokens = qkv.shape[0]
         q, k, v = self.qkv_proj.split(qkv)
         if self.qk_norm == "projection":
@@ -119,16 +133,26 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def _rotate(self, qkv: jax.Array, rope: RopeTable, cache: Any, meta: AttentionMetadata) -> tuple[jax.Array, Any]:
-        """Queries `[T, N, H]`, normed and rotated, and the cache with the keys and values, in one kernel."""
-        weights, options = None, {}
+    def _rotate(
+        self, qkv: jax.Array, rope: RopeTable, cache: Any, meta: AttentionMetadata, scales: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """Returns queries `[T, N, H]`, normed and rotated, and the cache with the keys and values, in one kernel."""
+        weights: tuple[jax.Array, jax.Array] | None = None
+        options: dict[str, Any] = {}
         if self.qk_norm is not None:
             weights = self.q_norm.weight[...], self.k_norm.weight[...]
             options = {"norm_offset": self.q_norm.offset, "norm_eps": self.q_norm.eps}
-        rotate = functools.partial(rope_and_write, **options)
-        if self.heads.size > 1:
-            rotate = over_heads(rotate, (True, False, False, True, False, False))
-        return rotate(qkv, *rope, cache, meta, weights)
+
+        def rotate(qkv, cache, scales, rope, meta, weights):
+            return rope_and_write(qkv, *rope, cache, meta, weights, **options, **_by_name(scales))
+
+        has_heads = (True, True, True, False, False, False)
+        run: Callable[..., Any] = over_heads(rotate, has_heads) if self.heads.size > 1 else rotate
+        return run(qkv, cache, scales, rope, meta, weights)
+
+
+def _by_name(scales: jax.Array | None) -> dict[str, Any]:
+    return {} if scales is None else {"k_scale": scales[0], "v_scale": scales[1]}
 
 
 def over_heads(function: Callable[..., Any], has_heads: Sequence[bool]) -> Callable[..., Any]:
@@ -137,8 +161,6 @@ def over_heads(function: Callable[..., Any], has_heads: Sequence[bool]) -> Calla
     Args:
         function: Its results have heads.
         has_heads: Of each argument: whether its second axis is that of heads, as of `[T, heads, H]`, of pages
-            `[P, K, page, H]` and of a fused product's columns; else all devices have the same.
+            `[P, K, page, H]`, of scales `[2, K]` and of a fused product's columns; else all devices have the same.
     """
-    heads, everything = PartitionSpec(None, MODEL), PartitionSpec()
-    specs = tuple(heads if has else everything for has in has_heads)
-    return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)
+    return on_each_device(function, [COLUMNS if has else EVERYWHERE for has in has_heads], COLUMNS)

@@ -28,7 +28,7 @@ rounds."""
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """`x @ weight.T` with the sums in float32.
+    """Returns `x @ weight.T` with the sums in float32.
 
     Contracting the last axis of both keeps weights in the checkpoint's orientation (no transpose at load) and is what
     CPUs run fastest.
@@ -62,7 +62,7 @@ def _dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
 
 
 def _is_chunked(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether CPUs compute a product by `_one_row`."""
+    """Returns whether CPUs compute a product by `_one_row`."""
     return x.size == x.shape[-1] >= MIN_CHUNKED and weight.dtype.itemsize == 2
 
 
@@ -77,14 +77,14 @@ def _contract(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike, sums_dty
 
 
 def _weight_first(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike) -> jax.Array:
-    """The product of few rows on CPUs, see `FEW_ROWS_OF_CPU`."""
+    """Returns the product of few rows on CPUs, see `FEW_ROWS_OF_CPU`."""
     product = _contract(weight.astype(x.dtype), x.reshape(-1, x.shape[-1]), out_dtype=out_dtype, sums_dtype=jnp.float32)
     product = lax.optimization_barrier(product)  # or XLA would swap the operands instead of transposing
     return product.T.reshape(*x.shape[:-1], -1)
 
 
 def _one_row(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike) -> jax.Array:
-    """The product of one row with a 16-bit weight on CPUs, which is converted to float32 in registers.
+    """Returns the product of one row with a 16-bit weight on CPUs, which is converted to float32 in registers.
 
     Chunks of the weight's rows are added up element by element, a loop that vectorises; what is left of a row, 64
     numbers or a few more, is summed in an operation of its own. The last chunk is moved back to fit.
@@ -101,7 +101,7 @@ def _one_row(x: jax.Array, weight: jax.Array, *, out_dtype: DTypeLike) -> jax.Ar
 
 
 def _dot_by_blocks(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike) -> jax.Array:
-    """The product with a weight that is converted block by block of its rows, the last of them moved back to fit."""
+    """Returns the product with a weight that is converted in blocks of rows, the last of them moved back to fit."""
     num_rows = weight.shape[0]
     block = max(CONVERTED_BYTES // (weight.shape[1] * x.dtype.itemsize), 1)
 

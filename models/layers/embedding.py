@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jaxengine.models.layers.matrix import LayerBuilder, Matrix, MatrixLayer
 from jaxengine.sharding import axes
-from jaxengine.sharding.mesh import MODEL, model_axis_size
+from jaxengine.sharding.mesh import EVERYWHERE, MODEL, model_axis_size, on_each_device
 from jaxengine.sharding.rules import RULES
 
 
@@ -27,8 +26,7 @@ class Embedding(MatrixLayer):
         size, matrix = model_axis_size(), self.matrix
         if size == 1 or not self.is_split or matrix.shape[0] % size:
             return matrix.take(ids).astype(self.dtype)
-        specs = (self.matrix_places, PartitionSpec())
-        take = jax.shard_map(_take_from_peers, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+        take = on_each_device(_take_from_peers, (self.matrix_places, EVERYWHERE))
         return take(matrix, ids).astype(self.dtype)
 
 

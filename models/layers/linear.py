@@ -12,7 +12,7 @@ from jaxengine.models.layers.matrix import LayerBuilder, MatrixLayer
 from jaxengine.models.step import NO_CONTEXT, StepContext
 from jaxengine.pallas_kernels.all_reduce import Workspace, all_reduce
 from jaxengine.sharding.layout import Part
-from jaxengine.sharding.mesh import DATA, MODEL
+from jaxengine.sharding.mesh import COLUMNS, DATA, MODEL, on_each_device
 from jaxengine.sharding.rules import partition_spec
 
 
@@ -71,13 +71,13 @@ class Linear(MatrixLayer):
         return None if step.is_differentiable or self.bias is not None else self.matrix.multiply_gated(x)
 
     def _sum_over_devices(self, x: jax.Array, workspace: Workspace) -> jax.Array:
-        """The product `[T, out]` of `[T, in]` and the matrix, the last axis of both over the devices of the model."""
+        """Returns the product `[T, out]` of `[T, in]` and the matrix; devices share the last axis of both."""
 
         def own(x, matrix, workspace):
             return all_reduce(matrix.multiply(x, x.dtype, allow_kernel=True), MODEL, workspace=workspace)
 
-        specs = (PartitionSpec(None, MODEL), self.matrix_places, PartitionSpec(DATA, MODEL))
-        return jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(x, self.matrix, workspace)
+        places = COLUMNS, self.matrix_places, PartitionSpec(DATA, MODEL)
+        return on_each_device(own, places)(x, self.matrix, workspace)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """Takes apart what the layer made: devices hold their shares of all parts side by side.

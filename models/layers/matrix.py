@@ -212,7 +212,10 @@ def matrix_parameters(
 
 
 def _in_blocks(parts: tuple[Part, ...], block: int, axis: str | None, name: str, num_devices: int) -> tuple[Part, ...]:
-    """The parts of an array with one number for `block` of a matrix; of all the matrix for a block as large as it."""
+    """Returns the parts of an array with one number for `block` of a matrix.
+
+    For a block as large as the matrix they are those of all of it.
+    """
     size = sum(part.own_size for part in parts)
     is_cut = axis is not None and RULES[axis] == MODEL and num_devices > 1
     if block > 1 and (block < size or len(parts) > 1) and (is_cut or _unless_plain(parts)):

@@ -98,7 +98,7 @@ class LayerNorm(nnx.Module):
 
 
 def add_up(x: jax.Array | PendingResidual) -> jax.Array:
-    """Hidden states as one array."""
+    """Returns hidden states as one array."""
     if not isinstance(x, PendingResidual):
         return x
     parts = x.parts if x.parts.ndim == x.x.ndim else x.parts.sum(axis=0)

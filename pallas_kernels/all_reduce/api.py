@@ -113,7 +113,7 @@ def all_reduce(
 
 
 def has_kernel(x: jax.Array | jax.ShapeDtypeStruct, num_devices: int, has_norm: bool = False) -> bool:
-    """Whether sums of this size go over peer memory: few tokens, in 16 bits, over more than one device."""
+    """Returns whether sums of this size go over peer memory: few tokens, in 16 bits, over more than one device."""
     from jaxengine.pallas_kernels.all_reduce import mosaic_gpu
 
     num_bytes = x.size * x.dtype.itemsize * (num_devices - 1)
@@ -126,7 +126,9 @@ def has_kernel(x: jax.Array | jax.ShapeDtypeStruct, num_devices: int, has_norm: 
 
 
 def choose_implementation(devices: Sequence[Any]) -> str:
-    """The kernel where all devices of a mesh reach each other's memory; otherwise `psum`, and the log says once why.
+    """Returns the kernel where all devices of a mesh reach each other's memory.
+
+    Otherwise returns `psum`, and the log says once why.
 
     Args:
       devices: of the mesh, in its order.
@@ -141,7 +143,7 @@ def choose_implementation(devices: Sequence[Any]) -> str:
 
 
 def _obstacle(devices: Sequence[Any]) -> str | None:
-    """Why these GPUs cannot run the kernel."""
+    """Returns why these GPUs cannot run the kernel."""
     if len(devices) > MAX_DEVICES:
         return f"{len(devices)} devices, more than {MAX_DEVICES}"
     if len({device.process_index for device in devices}) > 1:
@@ -156,7 +158,7 @@ def _obstacle(devices: Sequence[Any]) -> str | None:
 
 
 def _reaches(device: Any, peer: Any) -> bool:
-    """Whether the driver lets a GPU address another's memory. JAX does not say."""
+    """Returns whether the driver lets a GPU address another's memory. JAX does not say."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def reduce_and_norm(variant: str, part, residual, weight, workspace):
-    """A sum over the devices, residual and norm: (new residual, normed)."""
+    """Returns a sum over the devices, residual and norm: (new residual, normed)."""
     from jaxengine.pallas_kernels.all_reduce import mosaic_gpu, reference
 
     norm = {"norm_weight": weight, "norm_eps": EPS, "norm_offset": 0.0}
@@ -48,14 +48,14 @@ def reduce_and_norm(variant: str, part, residual, weight, workspace):
 
 
 def inner_jit(variant: str):
-    """`reduce_and_norm` as one function of the program, as a model's layers are: it is traced once."""
+    """Makes `reduce_and_norm` one function of the program, as a model's layers are: it is traced once."""
     import jax
 
     return jax.jit(functools.partial(reduce_and_norm, variant))
 
 
 def chain(variant: str, x, weight, _, workspace):
-    """64 sums; what each adds is made of the norm before it."""
+    """Computes 64 sums; what each adds is made of the norm before it."""
     residual, normed, reduce = x, x, inner_jit(variant)
     for _ in range(SUMS):
         residual, normed = reduce(normed, residual, weight, workspace)
@@ -63,7 +63,7 @@ def chain(variant: str, x, weight, _, workspace):
 
 
 def layers(variant: str, x, weight, products, workspace):
-    """32 layers' products, with the two sums of each."""
+    """Computes 32 layers' products, with the two sums of each."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -82,7 +82,7 @@ def layers(variant: str, x, weight, products, workspace):
 
 
 def workspace_of(variant: str, mesh) -> list[Any]:
-    """One of all devices, zeroed and there; nothing where the variant has none."""
+    """Returns one of all devices, zeroed and there; nothing where the variant has none."""
     import jax
 
     from jaxengine.pallas_kernels.all_reduce import make_workspace
@@ -94,7 +94,7 @@ def workspace_of(variant: str, mesh) -> list[Any]:
 
 
 def make_step(body):
-    """A jitted program of `body(*args, workspace)` on each device's part of the arguments and of the workspace."""
+    """Returns a jitted program of `body(*args, workspace)` on each device's part of the arguments."""
     import jax
 
     def step(args, workspace):
@@ -216,7 +216,7 @@ def profile(token_counts: list[int]) -> None:
 
 
 def check(token_counts: list[int]) -> None:
-    """One sum each of random numbers, against float64 on the host; prints what is wrong."""
+    """Compares one sum each of random numbers with float64 on the host; prints what is wrong."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -40,7 +40,10 @@ MAX_BYTES = 2 * 2**20  # that a device sends; not yet measured
 
 
 def block_width(num_tokens: int, dim: int, *, whole_rows: bool) -> int | None:
-    """Columns of a row that a block takes, so that all blocks are resident; None where there is no such width."""
+    """Returns how many columns of a row a block takes, so that all blocks are resident.
+
+    None where there is no such width.
+    """
     if dim % THREADS or num_tokens > MAX_BLOCKS:
         return None
     if whole_rows:
@@ -51,7 +54,9 @@ def block_width(num_tokens: int, dim: int, *, whole_rows: bool) -> int | None:
 
 
 def workspace_shapes(num_devices: int, max_width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what each device keeps for sums whose blocks are up to `max_width` columns wide: inboxes and flags.
+    """Returns the shapes of the inboxes and flags of each device.
+
+    They are for sums whose blocks are up to `max_width` columns wide.
 
     Flags hold for each device how many of its signals are unread; last, which inbox is next.
     """

@@ -137,8 +137,11 @@ def make_cache(
       num_devices: devices that share the heads, the second axis of every array.
       sharding: where the arrays go; None for the default device.
     """
+    dtype = spec.cache_dtype
+    if implementation == "reference":
+        dtype = get_implementation(implementation).stored_dtype(dtype)
     return tuple(
-        jnp.zeros((pages, heads * num_devices, *rest), spec.cache_dtype, device=sharding)
+        jnp.zeros((pages, heads * num_devices, *rest), dtype, device=sharding)
         for pages, heads, *rest in cache_shapes(spec, num_pages, implementation)
     )
 

@@ -80,8 +80,16 @@ def check_support(spec) -> None:
     """Everything is supported."""
 
 
+def stored_dtype(cache_dtype: str) -> str:
+    """Returns what a cache of a dtype is an array of: float8_e4m3fn is bytes.
+
+    XLA's CPU backend would widen the whole cache to write a row into it.
+    """
+    return "uint8" if cache_dtype == "float8_e4m3fn" else cache_dtype
+
+
 def cache_shapes(spec, num_pages: int) -> tuple[tuple[int, ...], ...]:
-    """K and V, each [P, K, page, H]."""
+    """Returns K and V, each [P, K, page, H]."""
     return ((num_pages, spec.num_kv_heads, spec.page_size, spec.head_dim),) * 2
 
 
@@ -237,6 +245,8 @@ def to_cache_dtype(new, scale, dtype):
 
     What a narrow dtype cannot hold becomes its largest value: float8_e4m3fn has no infinity, and would make it NaN.
     """
+    if dtype == jnp.uint8:
+        return lax.bitcast_convert_type(to_cache_dtype(new, scale, jnp.float8_e4m3fn), jnp.uint8)
     if scale is not None:
         new = new / jnp.reshape(scale, (-1, 1))
     if jnp.issubdtype(dtype, jnp.integer):
@@ -246,6 +256,16 @@ def to_cache_dtype(new, scale, dtype):
         limits = jnp.finfo(dtype)
         new = jnp.clip(new.astype(jnp.float32), float(limits.min), float(limits.max))
     return new.astype(dtype)
+
+
+def _to_float32(cached):
+    """Keys or values as cached, in float32; bytes are those of float8_e4m3fn."""
+    if cached.dtype != jnp.uint8:
+        return cached.astype(jnp.float32)
+    # Sign, exponent and mantissa in the places of a float16, whose exponent counts from 8 below.
+    bits = cached.astype(jnp.uint16)
+    bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256
 
 
 def _multiply(equation: str, rows, block, by_row: bool):
@@ -282,8 +302,7 @@ def _attend_block(
       by_row: see `_multiply`.
     """
     top, total, out = carry
-    k = k.astype(jnp.float32)
-    v = v.astype(jnp.float32)
+    k, v = _to_float32(k), _to_float32(v)
     if k_scale is not None:
         k = k * jnp.reshape(k_scale, (-1, 1, 1))
     if v_scale is not None:

@@ -39,7 +39,7 @@ def has_kernel(x_shape: Sequence[int], weight_shape: Sequence[int], dtype: DType
 
 
 def skinny_matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """`x @ weight.T`, summed in float32. Only where `has_kernel` says so.
+    """Returns `x @ weight.T`, summed in float32. Only where `has_kernel` says so.
 
     Args:
       x: [T, K].
@@ -63,7 +63,7 @@ def skinny_matmul(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None =
 
 
 def gated_skinny_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`silu(x @ gate.T) * (x @ up.T)`, computed in float32. Only where `has_kernel(..., gated=True)` says so.
+    """Returns `silu(x @ gate.T) * (x @ up.T)`, computed in float32. Only where `has_kernel` says so of gated ones.
 
     Args:
       x: [T, K].

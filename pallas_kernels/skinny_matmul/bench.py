@@ -50,7 +50,7 @@ class Job:
 
 
 def xla_product(x, weight, kind: str):
-    """As the model's layers ask for it."""
+    """Computes a product as the model's layers ask for it."""
     import jax
     import jax.numpy as jnp
 
@@ -73,7 +73,7 @@ def our_product(x, weight, kind: str, config):
 
 
 def device_times(runs: list[tuple[Any, list[tuple]]], rounds: int) -> list[list[float]]:
-    """Seconds that the device spends in the kernels of each call, from one profile.
+    """Returns the seconds that the device spends in the kernels of each call, from one profile.
 
     Args:
       runs: functions, each with the arguments of the calls of a round.
@@ -121,7 +121,7 @@ def device_times(runs: list[tuple[Any, list[tuple]]], rounds: int) -> list[list[
 
 
 def _per_call(times: list[float], calls: int) -> list[float]:
-    """The sums of each call's kernels; NaN if the calls' numbers of kernels differ."""
+    """Returns the sums of each call's kernels; NaN if the calls' numbers of kernels differ."""
     if not times or len(times) % calls:
         return [float("nan")]
     each = len(times) // calls
@@ -129,7 +129,7 @@ def _per_call(times: list[float], calls: int) -> list[float]:
 
 
 def list_jobs(name: str, rows: list[int], num_configs: int, num_sms: int) -> list[Job]:
-    """XLA's and ours: as it would be cut, and then the most promising other ways."""
+    """Returns XLA's and ours: as it would be cut, and then the most promising other ways."""
     from jaxengine.pallas_kernels.skinny_matmul.config import candidates, choose_config
 
     size_n, size_k, kind = SHAPES[name]
@@ -204,7 +204,7 @@ def describe(error: Exception) -> str:
 
 
 def measure_norms(rows: list[int]) -> None:
-    """Times of `add_norm` and of XLA's; prints lines of JSON."""
+    """Measures `add_norm` and XLA's; prints lines of JSON."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -231,7 +231,7 @@ def measure_norms(rows: list[int]) -> None:
 
 
 def copy_rate() -> float:
-    """Bytes per second, read and written, of a large addition."""
+    """Returns bytes per second, read and written, of a large addition."""
     import jax
     import jax.numpy as jnp
 
@@ -264,7 +264,7 @@ def finish(process: subprocess.Popen, seconds: float) -> list[dict[str, Any]]:
 
 
 def print_rows(name: str, rows: list[dict[str, Any]], rate: float, best: int) -> None:
-    """XLA's time and those of the best ways to cut; what failed or is wrong."""
+    """Prints XLA's time and those of the best ways to cut; what failed or is wrong."""
     size_n, size_k, _ = SHAPES[name]
     for num_rows in sorted({row["rows"] for row in rows}):
         mine = [row for row in rows if row["rows"] == num_rows]

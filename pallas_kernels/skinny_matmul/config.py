@@ -53,7 +53,10 @@ class Config:
         return f"n{self.tile_n}_s{self.splits}_o{self.occupancy}_k{self.tile_k}"
 
     def num_stages(self, num_rows: int, itemsize: int, *, gated: bool) -> int:
-        """Blocks in flight: what shared memory holds beside the result, whose elements take `itemsize` bytes."""
+        """Returns how many blocks are in flight.
+
+        They are what shared memory holds beside the result, whose elements take `itemsize` bytes.
+        """
         rows = _padded(num_rows)
         # Full tiles go from registers to memory; others through shared memory, since a copy can leave rows out.
         out_bytes = 0 if rows == num_rows else rows * self.tile_n * itemsize // (2 if gated else 1)
@@ -61,7 +64,7 @@ class Config:
         return min(MAX_STAGES, (SMEM_BYTES // self.occupancy - out_bytes) // stage_bytes)
 
     def is_possible(self, num_rows: int, size_n: int, size_k: int, *, gated: bool) -> bool:
-        """Whether the tiles fit the product, the ring shared memory, and the sums the registers."""
+        """Returns whether the tiles fit the product, the ring shared memory, and the sums the registers."""
         num_blocks = size_k // self.tile_k
         threads = 128 * (_padded(num_rows) // ROWS + 1)
         registers = min(REGISTERS // (threads * self.occupancy), 255)
@@ -78,7 +81,10 @@ class Config:
         )
 
     def seconds(self, num_rows: int, size_n: int, size_k: int, num_sms: int) -> float:
-        """A guess at the time: waves of blocks that draw on memory, and the parts, which are written and read again."""
+        """Returns a guess at the time, in seconds.
+
+        It counts waves of blocks that draw on memory, and the parts, which are written and read again.
+        """
         weight_bytes = self.tile_n * size_k * 2 / self.splits
         block_bytes = weight_bytes + num_rows * size_k * 2 / self.splits
         blocks, slots = size_n // self.tile_n * self.splits, num_sms * self.occupancy
@@ -98,7 +104,7 @@ def _padded(num_rows: int) -> int:
 
 
 def candidates(num_rows: int, size_n: int, size_k: int, num_sms: int, *, gated: bool) -> list[Config]:
-    """All possible ways to cut a product, the most promising first."""
+    """Returns all possible ways to cut a product, the most promising first."""
     configs = [
         Config(tile_n, splits, occupancy)
         for tile_n in range(32, MAX_TILE + 1, 16)
@@ -110,7 +116,9 @@ def candidates(num_rows: int, size_n: int, size_k: int, num_sms: int, *, gated: 
 
 
 def choose_config(num_rows: int, size_n: int, size_k: int, *, gated: bool) -> Config | None:
-    """How to cut a product on the device that is compiled for: what was measured there, or else what looks best.
+    """Returns how to cut a product on the device that is compiled for.
+
+    That is what was measured there, or else what looks best.
 
     Returns:
       None if no way to cut it is possible, or XLA's own product was faster.
@@ -134,14 +142,14 @@ def _choose_config(num_rows: int, size_n: int, size_k: int, gated: bool, kind: s
 
 @functools.cache
 def _tuning(device_kind: str) -> dict:
-    """The tuning file of a device kind, such as "NVIDIA H200"; that of the H100 for one that has none."""
+    """Returns the tuning file of a device kind, such as "NVIDIA H200"; that of the H100 for one that has none."""
     tuning = resources.files("jaxengine.pallas_kernels") / "tuning"
     files = (tuning / folder / "skinny_matmul.json" for folder in (device_kind.lower().replace(" ", "_"), H100))
     return next((json.loads(file.read_text()) for file in files if file.is_file()), {})
 
 
 def is_hopper() -> bool:
-    """Whether what is compiled for is a Hopper GPU, and XLA need not cut the kernel for several devices."""
+    """Returns whether what is compiled for is a Hopper GPU, and XLA need not cut the kernel for several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     is_cut = any(
         size > 1 and kind == AxisType.Auto for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)

@@ -20,7 +20,7 @@ I32, F32 = jnp.int32, jnp.float32
 
 
 def product(x, weight, config: Config, *, gated: bool = False, out_dtype=None):
-    """The parts of `x @ weight.T`, or `silu(x @ gate.T) * (x @ up.T)`.
+    """Returns the parts of `x @ weight.T`, or `silu(x @ gate.T) * (x @ up.T)`.
 
     Args:
       x: [T, K], T a multiple of 8.

@@ -16,7 +16,7 @@ from jaxengine import LLM, SamplingParams
 from jaxengine.engine.build import set_up_compilation_cache
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.models.registry import abstract_model
+from jaxengine.models.abstract import abstract_model
 from jaxengine.runner import lowering_pool, program_store
 from jaxengine.runner.lowering_pool import LoweringPool, choose_num_processes
 from jaxengine.runner.programs import ModelStep, SetSlot, model_step, prompt_logprobs, sampler

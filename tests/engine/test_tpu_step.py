@@ -14,8 +14,8 @@ import pytest
 
 from jaxengine.kv_cache import PageGroup
 from jaxengine.loading.shapes import model_configs
+from jaxengine.models.abstract import abstract_model
 from jaxengine.models.config import ModelConfig
-from jaxengine.models.registry import abstract_model
 from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, cache_shapes
 from jaxengine.runner.buckets import Bucket
 from jaxengine.runner.input_batch import PackedLayout

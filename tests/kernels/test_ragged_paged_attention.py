@@ -119,3 +119,13 @@ def test_a_narrow_cache_holds_its_largest_value_for_what_is_larger(dtype):
     assert kept[-1] == float(limits.min)
     assert np.isfinite(kept).all()
     assert (np.diff(kept) <= 0).all()
+
+
+def test_bytes_are_those_of_float8():
+    """The reference keeps float8_e4m3fn as bytes."""
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+    is_number = np.isfinite(numbers)
+    read = np.asarray(reference._to_float32(jnp.arange(256, dtype=jnp.uint8)))
+    np.testing.assert_array_equal(read[is_number], numbers[is_number])
+    written = reference.to_cache_dtype(jnp.asarray(numbers[is_number])[None, None], None, jnp.dtype("uint8"))
+    np.testing.assert_array_equal(np.asarray(written)[0, 0], np.arange(256)[is_number])

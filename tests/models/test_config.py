@@ -173,9 +173,9 @@ def test_identical_layers_are_traced_once(monkeypatch):
     leaves, treedef = jax.tree.flatten(model_class(config.architecture)(config))
     caches = [
         jax.eval_shape(lambda: make_cache(AttentionSpec(config.num_heads, 1, 8, 8, "float32", "float32"), 4))
-    ] * config.num_layers
+    ] * config.cache_layout.num_arrays
     numbers = [jnp.zeros(shape, jnp.int32) for shape in ((2,), (3,), (2, 2), (), (), (11,), (11,))]
-    step = StepContext((AttentionMetadata(*numbers[:5]),) * 2)  # pyright: ignore[reportArgumentType]
+    step = StepContext((AttentionMetadata(*numbers[:5]),) * len(config.cache_layout.groups))  # pyright: ignore[reportArgumentType]
     outputs = jax.eval_shape(
         lambda leaves, *args: jax.tree.unflatten(treedef, leaves)(*args),
         *(leaves, ModelInputs(*numbers[5:]), caches, step),

@@ -1,11 +1,13 @@
 """Every example runs, on the default model with a small engine."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxengine
@@ -41,11 +43,12 @@ def small_engines(monkeypatch, smollm2, tiny):
 
 IN_PROCESSES = "data_parallel.py"
 WITH_RAY = "ray_batch.py"  # tests/engine/test_ray.py
+TRAINS = "reinforce.py"  # it changes the weights of its engine
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for p in EXAMPLES.glob("*.py") if p.name not in (IN_PROCESSES, WITH_RAY)),
+    sorted(p for p in EXAMPLES.glob("*.py") if p.name not in (IN_PROCESSES, WITH_RAY, TRAINS)),
     ids=lambda path: path.name,
 )
 def test_script_runs(path, small_engines, capsys):
@@ -85,3 +88,32 @@ def test_prefix_cache_example_hits_the_cache(small_engines, capsys):
     runpy.run_path(str(EXAMPLES / "batch_prefix_caching.py"))
     cached = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines() if "prompt tokens cached" in line]
     assert min(cached[1:]) >= 16
+
+
+REWARD = re.compile(r"^iteration \d+: reward ([\d.]+), log probabilities ([\d.]+) from the engine's", re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_training_example(tiny):
+    """The engine samples with the weights that the trainer has, to rounding."""
+    options = ["--model", str(tiny), "--iterations", "3", "--samples", "2", "--max-tokens", "4"]
+    for reward, distance in run_training(*options):
+        assert 0 <= reward <= 1
+        assert distance < 0.001
+
+
+@pytest.mark.slow
+def test_training_example_raises_its_reward():
+    rewards = [reward for reward, _ in run_training()]
+    assert len(rewards) == 10
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
+
+
+def run_training(*options: str) -> list[tuple[float, float]]:
+    """Returns the reward of each iteration, and how far the trainer's log probabilities are from the engine's."""
+    command = [sys.executable, str(EXAMPLES / TRAINS), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [(float(reward), float(distance)) for reward, distance in REWARD.findall(done.stdout)]
+    assert found, done.stdout
+    return found

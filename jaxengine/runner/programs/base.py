@@ -87,18 +87,18 @@ class ProgramContext:
         return warmup_order(self.buckets)
 
     def abstract_leaves(self) -> list[jax.ShapeDtypeStruct]:
-        """The model's parameters as programs take them."""
+        """Returns the model's parameters as programs take them."""
         return list(map(abstract, self.model.leaves, self.leaf_shardings))
 
     def abstract_logits(self, num_seqs: int) -> jax.ShapeDtypeStruct:
-        """Logits, f32[S, V] of each shard, as one program hands them to the next."""
+        """Returns logits, f32[S, V] of each shard, as one program hands them to the next."""
         vocab_size = self.arrays.vocab_size
         return abstract(
             self.arrays.per_shard((num_seqs, vocab_size), jnp.float32), self.place.columns_sharding(vocab_size)
         )
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights on one device."""
+        """Returns the bytes of all weights on one device."""
         return sum(map(bytes_on_a_device, self.model.leaves, self.leaf_shardings))
 
 

@@ -117,7 +117,7 @@ def _forward(bucket: Bucket, context: ProgramContext):
 
 
 def _carried(context: ProgramContext) -> tuple[Argument, Argument, Argument]:
-    """The first arguments of both: parameters, caches, and the token sampled last in each slot."""
+    """Returns the first arguments of both: parameters, caches, and the token sampled last in each slot."""
     arrays = context.arrays
     caches = jax.eval_shape(lambda: arrays.make_caches(context.num_pages))
     caches = jax.tree.map(lambda x: abstract(x, context.place.heads_sharding()), caches)

@@ -100,12 +100,15 @@ class CallReader:
         return parts, length
 
     def cut(self, text: str) -> list[Arguments]:
-        """What a text that ends before the object does still has of the arguments: half a number, for example."""
+        """Returns what a text that ends before the object does still has of the arguments.
+
+        That may be half a number.
+        """
         in_arguments = self._scanner.field in ("arguments", "parameters") and "arguments" not in self._complete
         return [Arguments(text, False)] if in_arguments and text else []
 
     def is_cut_off(self) -> bool:
-        """Whether a text that ends here has ended within a call, of which nothing is certain yet."""
+        """Returns whether a text that ends here has ended within a call, of which nothing is certain yet."""
         if self.is_told or self.is_over:
             return False
         if self._is_marked:
@@ -119,7 +122,7 @@ class CallReader:
         return may_be_name(name, self._tool_names, is_whole=is_whole)
 
     def _call(self) -> ToolCall | None:
-        """The call, if it is certain."""
+        """Returns the call, if it is certain."""
         arguments = self._texts["arguments"]
         if self._is_marked and self._scanner.is_done and arguments.strip() in _NO_ARGUMENTS:
             arguments = self._texts["arguments"] = "{}"
@@ -134,7 +137,7 @@ class CallReader:
 
 
 def _object_in(text: str) -> str:
-    """The object that a JSON string tells of, empty if it is none: some models write arguments so."""
+    """Returns the object that a JSON string tells of, empty if it is none: some models write arguments so."""
     inner = json.loads(text).strip()
     scanner = ObjectScanner("arguments")
     pieces, length = scanner.read(inner)
@@ -143,14 +146,14 @@ def _object_in(text: str) -> str:
 
 
 def may_be_name(text: str, tool_names: Collection[str] | None, *, is_whole: bool = False) -> bool:
-    """Whether a function is called so, or, unless the name is whole, may begin so."""
+    """Returns whether a function is called so, or, unless the name is whole, may begin so."""
     if tool_names is None:
         return bool(re.fullmatch(r"[\w.-]*", text))
     return text in tool_names if is_whole else any(name.startswith(text) for name in tool_names)
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be sent: half a surrogate pair, from an escape, cannot."""
+    """Returns whether a text can be sent: half a surrogate pair, from an escape, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

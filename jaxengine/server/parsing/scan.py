@@ -166,7 +166,7 @@ class ValueScanner:
         self._quote = ""
 
     def end(self, text: str) -> int | None:
-        """Where the value ends in a text that goes on with what the last call had; None while it is open."""
+        """Returns where the value ends in a text that goes on with what the last call had; None while it is open."""
         while found := _SPECIAL.search(text, self._position):
             character = found[0]
             self._position = found.end()
@@ -195,7 +195,7 @@ class TextScanner:
         self._position = 0
 
     def end(self, text: str) -> int | None:
-        """Where it begins in a text that goes on with what the last call had; None if it has not come."""
+        """Returns where it begins in a text that goes on with what the last call had; None if it has not come."""
         found = text.find(self._wanted, self._position)
         self._position = max(0, len(text) - len(self._wanted) + 1)
         return None if found < 0 else found

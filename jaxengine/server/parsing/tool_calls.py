@@ -57,7 +57,7 @@ class ToolParser:
         return parts
 
     def new_id(self) -> str:
-        """An id for a call."""
+        """Returns an id for a call."""
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def read_value(self, held: str) -> Steps[None]:
@@ -140,7 +140,7 @@ class ToolParser:
         return self._take(start - len(before) + (0 if marker in "{[" else len(marker)))
 
     def _find(self) -> tuple[int, str] | None:
-        """The first marker and its place."""
+        """Returns the first marker and its place."""
         places = [(place, marker) for marker in self.markers if (place := self._text.find(marker)) >= 0]
         if self._fresh:
             start = len(self._text) - len(self._text.lstrip())
@@ -170,7 +170,7 @@ class ToolParser:
         return taken
 
     def _is_cut_short(self) -> bool:
-        """Whether the text has ended where a call was to come."""
+        """Returns whether the text has ended where a call was to come."""
         return self._is_marked and self._final and not self._text
 
     def _put_unless(self, is_cut_off: bool, text: str) -> None:
@@ -239,7 +239,7 @@ class MistralParser(ToolParser):
             yield from self.read_object(held + self._take(end), header[1])
 
     def new_id(self) -> str:
-        """Nine letters and digits: Mistral's templates refuse all else."""
+        """Returns nine letters and digits: Mistral's templates refuse all else."""
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
@@ -288,7 +288,7 @@ class GemmaParser(ToolParser):
             self._put(held + code)
 
     def _may_be_calls(self, code: str) -> bool:
-        """Whether a list that was cut off begins with a call."""
+        """Returns whether a list that was cut off begins with a call."""
         name, paren, _ = code.removeprefix("[").lstrip().partition("(")
         return bool(paren and name) and may_be_name(name.rstrip(), self.tool_names, is_whole=True)
 

@@ -15,7 +15,7 @@ import pytest
 
 from jaxengine.engine_args import EngineArgs
 from jaxengine.loading.resolve import resolve_model
-from jaxengine.models.registry import abstract_model
+from jaxengine.models.abstract import abstract_model
 from jaxengine.runner import programs as programs_module
 from jaxengine.runner.compiler import CompilationCounter
 from jaxengine.runner.lowering import lower
