@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -16,6 +16,8 @@ except ImportError as error:
     raise ImportError('jaxengine.ray needs Ray: pip install "jaxengine[ray]"') from error
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 
+from jaxengine.engine.calls import EngineStateError, SyncCalls
+from jaxengine.engine.weight_transfer import pieces
 from jaxengine.engine_args import EngineArgs
 from jaxengine.outputs import RequestOutput
 from jaxengine.sampling_params import SamplingParams
@@ -28,8 +30,11 @@ PLACING_SECONDS = 120
 Row = dict[str, Any]
 
 
-class RayReplicas:
+class RayReplicas(SyncCalls):
     """Engines with the same model, each in an actor of its own; every call shares its prompts out to them.
+
+    The calls of `SyncCalls` (`sleep`, `pause_generation`, ...) go to all of them, once they have done what they were
+    asked before. An error tells the replica that has raised it; the others have done what was asked.
 
     Usable as a context manager.
     """
@@ -88,6 +93,20 @@ class RayReplicas:
         """Does as `LLM.chat`, for a list of conversations; parameters and errors as in `generate`."""
         return self._share_out("chat", messages, sampling_params, **options)
 
+    def collective_rpc(
+        self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Makes a call of `SyncCalls` on all replicas, and waits for all; see there.
+
+        Raises:
+            RuntimeError: A replica has died; the others have been ended.
+        """
+        return self._call_all("call", method, list(args), dict(kwargs or {}))
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """As `LLM.update_weights`, on all replicas, which read the arrays from Ray's memory; errors as in `sleep`."""
+        self._call_all("update_weights", ray.put([pair for piece in pieces(weights) for pair in piece]))
+
     def shutdown(self) -> None:
         """Ends the actors, and Ray if it was started here. Can be called again."""
         while self._actors:
@@ -118,6 +137,27 @@ class RayReplicas:
         for i, part in enumerate(self._gather(parts)):
             outputs[i::count] = part
         return outputs
+
+    def _call_all(self, name: str, *args: Any) -> list[Any]:
+        """Calls a method of all actors; the first error that one of them raises is raised when all have ended."""
+        if not self._actors:
+            raise RuntimeError("the replicas have been shut down")
+        count, results, first = len(self._actors), [], None
+        refs = [getattr(actor, name).remote(*args) for actor in self._actors]
+        for replica, ref in enumerate(refs):
+            try:
+                results.append(ray.get(ref))
+            except RayTaskError as error:
+                kind = next(
+                    (kind for kind in (ValueError, EngineStateError) if isinstance(error.cause, kind)), RuntimeError
+                )
+                first = first or kind(f"replica {replica} of {count}: {error.cause}")
+            except RayError as error:
+                self.shutdown()
+                raise RuntimeError(f"replica {replica} of {count} has died: {error}") from error
+        if first is not None:
+            raise first
+        return results
 
     def _gather(self, refs: list[Any]) -> list[Any]:
         """Returns the results of all replicas, or the first error as soon as there is one."""
@@ -195,7 +235,17 @@ class _Engine:
         self._llm = LLM(model, **engine_args)
 
     def run(self, method: str, items: list[Any], params: Any, options: dict[str, Any]) -> list[RequestOutput]:
-        return getattr(self._llm, method)(items, params, use_tqdm=False, **options)
+        methods: dict[str, Callable[..., list[RequestOutput]]] = {
+            "generate": self._llm.generate,
+            "chat": self._llm.chat,
+        }
+        return methods[method](items, params, use_tqdm=False, **options)
+
+    def call(self, method: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        return self._llm.collective_rpc(method, args, kwargs)[0]
+
+    def update_weights(self, weights: list[tuple[str, Any]]) -> None:
+        self._llm.update_weights(weights)
 
 
 class _Stage:

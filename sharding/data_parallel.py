@@ -6,7 +6,7 @@ The variables are vLLM's, with our prefix or with its own; ours win.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxengine.sharding.process_group import ProcessGroup
@@ -66,6 +66,31 @@ class DataParallelGroup:
             return list(results)
         parts = self._group.gather(list(results))
         return None if parts is None else [result for part in parts for result in part]
+
+    def collective_rpc(self, call: Callable[[], Any]) -> list[Any] | None:
+        """Makes a call in every process, as `group.collective_rpc(lambda: llm.sleep())`, and waits at rank 0 for all.
+
+        Args:
+            call: The same in all processes; JSON must be able to express what it returns.
+
+        Returns:
+            What each process's call has returned, at rank 0; None elsewhere.
+
+        Raises:
+            RuntimeError: At rank 0: it has failed in another process; names the rank.
+            Exception: What the call itself has raised in this process.
+        """
+        try:
+            outcome, own = {"value": call()}, None
+        except Exception as error:
+            outcome, own = {"error": f"{type(error).__name__}: {error}"}, error
+        outcomes = self.gather([outcome])
+        if own is not None:
+            raise own
+        for rank, found in enumerate(outcomes or ()):
+            if "error" in found:
+                raise RuntimeError(f"rank {rank} of {self.size}: {found['error']}")
+        return None if outcomes is None else [found["value"] for found in outcomes]
 
     def close(self) -> None:
         """Leaves the group, after which this process's end is no failure."""

@@ -47,7 +47,7 @@ ALLOWED = {
     "plan": {"bench", *ENGINE},
     "server": ENGINE,
     "cli": {"llm", "bench", "plan", "server", *ENGINE},
-    "ray": {"engine_args", "llm"},
+    "ray": {"engine", "engine_args", "llm"},
     "__main__": {"cli"},
 }
 

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxengine import SamplingParams
@@ -88,6 +89,7 @@ def check_replicas(model: str, expected: list[str]) -> None:
     with pytest.raises(ValueError, match="not a single one"):
         replicas.generate([1, 2, 3], GREEDY)
 
+    check_calls(replicas, expected)
     victim = ray.get(replicas._actors[1].__ray_call__.remote(lambda engine: os.getpid()))
     started = time.monotonic()
     threading.Timer(1, os.kill, (victim, signal.SIGKILL)).start()
@@ -97,6 +99,35 @@ def check_replicas(model: str, expected: list[str]) -> None:
     assert time.monotonic() - started < 30
     with pytest.raises(RuntimeError, match="shut down"):
         replicas.generate(PROMPTS, GREEDY)
+
+
+def check_calls(replicas, expected: list[str]) -> None:
+    """All replicas do what is asked, and an error names the one that has raised it."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    from jaxengine.engine.calls import EngineStateError
+
+    replicas.sleep()
+    assert replicas.collective_rpc("is_sleeping") == [True, True]
+    with pytest.raises(EngineStateError, match="wake_up"):
+        replicas.generate(PROMPTS, GREEDY)
+    replicas.wake_up(["weights"])
+    assert replicas.is_sleeping()
+    replicas.wake_up()
+    assert not replicas.is_sleeping()
+    assert replicas.reset_prefix_cache()
+    with pytest.raises(ValueError, match="replica 0 of 2: level=7: expected"):
+        replicas.sleep(7)
+    ray.get(replicas._actors[0].call.remote("pause_generation", [], {}))
+    assert replicas.collective_rpc("is_paused") == [True, False]
+    ray.get(replicas._actors[1].call.remote("sleep", [], {}))
+    with pytest.raises(EngineStateError, match="replica 1 of 2: the engine sleeps"):
+        replicas.resume_generation()
+    assert replicas.collective_rpc("is_paused") == [False, True]
+    replicas.wake_up()
+    with pytest.raises(ValueError, match=r"replica 0 of 2: .*nothing"):
+        replicas.update_weights([("nothing", np.ones(3))])
+    assert [output.outputs[0].text for output in replicas.generate(PROMPTS, GREEDY)] == expected
 
 
 def check_stage(model: str, expected: list[str]) -> None:

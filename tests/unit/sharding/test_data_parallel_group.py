@@ -35,6 +35,38 @@ def test_results_come_in_the_order_of_the_prompts(prefix, count):
     assert [prompt for prompt, _ in first] == prompts
 
 
+@pytest.mark.parametrize("failing", [None, 0, 1, 2])
+def test_a_call_is_made_everywhere_and_an_error_names_its_rank(failing):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    called = []
+
+    def run(rank: int) -> list | str | None:
+        group = DataParallelGroup(variables(rank, 3, port))
+
+        def call() -> int:
+            called.append(rank)
+            if rank == failing:
+                raise ValueError(f"level={rank}")
+            return rank * rank
+
+        try:
+            return group.collective_rpc(call)
+        except (RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(run, range(3)))
+    assert sorted(called) == [0, 1, 2]
+    expected: list = [[0, 1, 4], None, None]
+    if failing is not None:
+        expected[0] = f"RuntimeError: rank {failing} of 3: ValueError: level={failing}"
+        expected[failing] = f"ValueError: level={failing}"
+    assert results == expected
+
+
 def test_one_process_needs_no_variables():
     group = DataParallelGroup({})
     assert (group.rank, group.size, group.part("abc"), group.gather([1])) == (0, 1, ["a", "b", "c"], [1])
