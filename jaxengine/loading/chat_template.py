@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 _END_MARK = "\ue000END_OF_FINAL_MESSAGE\ue000 "
 
 
-def render_chat(
+def render_template(
     template: str,
     messages: Sequence[dict[str, Any]],
     *,

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from tokenizers import Tokenizer
 
-from jaxengine.loading.chat_template import render_chat
+from jaxengine.loading.chat_template import render_template
 
 
 class Encoded(dict[str, Any]):
@@ -201,11 +201,11 @@ class LightTokenizer:
         return_dict: bool = True,
         **variables: Any,
     ) -> Any:
-        """Writes messages as the model was trained to see them; see `render_chat`.
+        """Writes messages as the model was trained to see them; see `render_template`.
 
         Args:
             conversation: The messages of one conversation, or a list of conversations.
-            tools, documents, add_generation_prompt, continue_final_message: As for `render_chat`.
+            tools, documents, add_generation_prompt, continue_final_message: As for `render_template`.
             chat_template: Instead of the model's own.
             tokenize: Return ids instead of text, without adding BOS (templates write their own).
             return_dict: With `tokenize`, return `Encoded` instead of the bare ids.
@@ -214,7 +214,7 @@ class LightTokenizer:
         template = self.get_chat_template(chat_template, tools)
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         texts = [
-            render_chat(
+            render_template(
                 template,
                 messages,
                 tools=tools,

@@ -54,10 +54,10 @@ class Jobs:
         self, template: str, messages: list[dict[str, Any]], options: dict[str, Any], max_characters: int
     ) -> str:
         """Renders a chat template; a text of more characters cannot be used, and is not sent."""
-        from jaxengine.loading.chat_template import render_chat
+        from jaxengine.loading.chat_template import render_template
 
         try:
-            text = render_chat(template, messages, **options)
+            text = render_template(template, messages, **options)
         except MemoryError:
             raise
         except Exception as error:  # a template is a program, which can fail in any way

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from jaxengine.loading.chat_template import render_chat
+from jaxengine.loading.chat_template import render_template
 from jaxengine.loading.gguf_checkpoint import GGUFCheckpoint
 from jaxengine.loading.gguf_tokenizer import end_of_generation_ids, gguf_tokenizer
 from jaxengine.loading.light_tokenizer import LightTokenizer
@@ -241,29 +241,31 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 
 
 def test_chat_template_helpers():
-    assert render_chat("{{ x | tojson }}", [], x={"a": "<é>"}) == '{"a": "<é>"}'
-    assert len(render_chat("{{ strftime_now('%Y') }}", [])) == 4
-    assert render_chat("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", []) == "1"
+    assert render_template("{{ x | tojson }}", [], x={"a": "<é>"}) == '{"a": "<é>"}'
+    assert len(render_template("{{ strftime_now('%Y') }}", [])) == 4
+    assert (
+        render_template("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", []) == "1"
+    )
     tool = {"type": "function", "function": {"name": "f"}}
-    assert render_chat("{{ tools[0].function.name }}", [], tools=[tool]) == "f"
+    assert render_template("{{ tools[0].function.name }}", [], tools=[tool]) == "f"
     with pytest.raises(ValueError, match="roles must alternate"):
-        render_chat("{{ raise_exception('roles must alternate') }}", [])
+        render_template("{{ raise_exception('roles must alternate') }}", [])
     with pytest.raises(ValueError, match="does not accept"):
-        render_chat("{{ messages.append(1) }}", [])  # sandboxed
+        render_template("{{ messages.append(1) }}", [])  # sandboxed
     with pytest.raises(ValueError, match="does not accept"):
-        render_chat("{% if %}", [])
+        render_template("{% if %}", [])
 
 
 def test_continuing_the_final_message():
-    text = render_chat(CHAT, MESSAGES, continue_final_message=True)
+    text = render_template(CHAT, MESSAGES, continue_final_message=True)
     assert text == "<user>\nHi</s>\n<assistant>\nSo be"  # the template strips messages
-    assert render_chat("{{ messages[-1].content }}!", MESSAGES, continue_final_message=True) == "So be "
+    assert render_template("{{ messages[-1].content }}!", MESSAGES, continue_final_message=True) == "So be "
     blocks = [{"role": "assistant", "content": [{"type": "text", "text": "So"}]}]
-    assert render_chat("{{ messages[0].content[0].text }}!", blocks, continue_final_message=True) == "So"
+    assert render_template("{{ messages[0].content[0].text }}!", blocks, continue_final_message=True) == "So"
     with pytest.raises(ValueError, match="drops the last message"):
-        render_chat("{{ messages[0].content }}", MESSAGES, continue_final_message=True)
+        render_template("{{ messages[0].content }}", MESSAGES, continue_final_message=True)
     with pytest.raises(ValueError, match="both set"):
-        render_chat(CHAT, MESSAGES, continue_final_message=True, add_generation_prompt=True)
+        render_template(CHAT, MESSAGES, continue_final_message=True, add_generation_prompt=True)
 
 
 def test_named_chat_templates():
