@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from jaxengine.engine.core import EngineCore
+from typing import TYPE_CHECKING
+
 from jaxengine.metrics import Metric
+
+if TYPE_CHECKING:
+    from jaxengine.engine.core import EngineCore
 
 
 def collect_metrics(core: EngineCore, num_compilations: int) -> list[Metric]:

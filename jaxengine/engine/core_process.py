@@ -18,6 +18,7 @@ import zmq
 
 from jaxengine.engine import wire
 from jaxengine.engine.calls import EngineStateError, PauseMode
+from jaxengine.engine.core_metrics import collect_metrics
 from jaxengine.engine.front import load_tokenizer
 from jaxengine.engine.output_processor import SampledUpdate
 from jaxengine.engine.weight_transfer import ReceivedWeights
@@ -51,11 +52,9 @@ class CoreProcess:
             ValueError: Any argument or file that is wrong.
         """
         from jaxengine.engine.build import build_core, make_controls
-        from jaxengine.engine.core_metrics import collect_metrics
         from jaxengine.runner.compiler import CompilationCounter
 
         self._compilations = CompilationCounter()
-        self._collect_metrics = collect_metrics
         checkpoint = resolve_model(args.model, revision=args.revision, load_format=args.load_format)
         self._core = build_core(args, checkpoint, lambda: load_tokenizer(args, checkpoint))
         # The first grammar loads the tokenizer, and some take long themselves: steps go on meanwhile.
@@ -91,7 +90,7 @@ class CoreProcess:
 
     def _report(self, updates: list[msgspec.Raw]) -> None:
         """Tells the front what is new."""
-        metrics = self._collect_metrics(self._core, self._compilations.count)
+        metrics = collect_metrics(self._core, self._compilations.count)
         if updates or metrics != self._metrics:
             self._metrics = metrics
             self._send(wire.Step(updates, metrics))
