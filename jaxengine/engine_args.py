@@ -6,11 +6,15 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxengine.config import EngineConfig, SchedulerConfig
 from jaxengine.loading.checkpoint import Checkpoint, check_size
 from jaxengine.loading.files import reading
+
+if TYPE_CHECKING:
+    from jaxengine.models.config import ModelConfig
+    from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -144,37 +148,19 @@ class EngineArgs:
         """
         import jax
 
-        from jaxengine.models.config import ModelConfig
         from jaxengine.models.layers.cache_scale import is_scaled
-        from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec, choose_implementation
-        from jaxengine.runner.memory import max_tokens_on_cpu
+        from jaxengine.pallas_kernels.ragged_paged_attention import AttentionSpec
         from jaxengine.runner.platform import resolve_dtypes
 
         is_planned, platform = platform is not None, platform or jax.default_backend()
-        is_cpu = platform == "cpu"
-        num_devices = self.data_parallel_size * self.tensor_parallel_size
-        if not is_planned and num_devices > len(jax.devices()):
-            shards = f"data_parallel_size={self.data_parallel_size} x " if self.data_parallel_size > 1 else ""
-            raise ValueError(
-                f"{shards}tensor_parallel_size={self.tensor_parallel_size} needs {num_devices} devices: there are "
-                f"{len(jax.devices())} devices ({jax.devices()[0].platform})"
-            )
+        devices = None if is_planned else self._devices()
         is_multiprocess = not is_planned and jax.process_count() > 1
-        if is_multiprocess and num_devices != len(jax.devices()):
-            raise ValueError(
-                f"data_parallel_size={self.data_parallel_size} x tensor_parallel_size={self.tensor_parallel_size}: "
-                f"{jax.process_count()} processes must use all of their {len(jax.devices())} devices"
-            )
-        with reading(checkpoint.path):
-            model = ModelConfig.from_hf(checkpoint.config)
-        check_size(checkpoint, model)
-        model = dataclasses.replace(model, tensor_parallel_size=self.tensor_parallel_size)
-        longest = model.max_position_embeddings
-        if self.max_model_len is not None and self.max_model_len > longest:
-            raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
+        model = self._read_model(checkpoint)
+        max_model_len = self.max_model_len or model.max_position_embeddings
         dtypes = resolve_dtypes(
             self.dtype, self.kv_cache_dtype, model.dtype, is_loop=model.has_equal_layers, platform=platform
         )
+        model = dataclasses.replace(model, max_model_len=max_model_len, cache_scales=is_scaled(dtypes.kv_cache))
         attention = AttentionSpec(
             num_heads=model.heads.num_heads // model.tensor_parallel_size,
             num_kv_heads=model.heads.num_kv_heads // model.tensor_parallel_size,
@@ -183,67 +169,100 @@ class EngineArgs:
             dtype=dtypes.compute,
             cache_dtype=dtypes.kv_cache,
         )
-        groups = [group.attention(attention, model.tensor_parallel_size) for group in model.cache_layout.groups]
-        backends = {choose_implementation(group, platform, self.attention_backend) for group in groups}
-        backend = "reference" if len(backends) > 1 else backends.pop()
         if self.enable_prefix_caching and model.cache_layout.states:
             logger.info("prefix caching is off: %s has layers with a state for each sequence", model.architecture)
-        devices = None if is_planned else jax.devices()[:num_devices]
-        max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
-        max_model_len = self.max_model_len or longest
-        default_tokens = max(
-            DEFAULT_STEP_TOKENS[platform], max_num_seqs, 0 if self.enable_chunked_prefill else max_model_len
-        )
-
         # Which step runs must not depend on what one process has compiled already.
         without_races = {"background": "full", "lazy": "none"}
         warmup = without_races.get(self.warmup, self.warmup) if is_multiprocess else self.warmup
+        config = EngineConfig(
+            model=model,
+            scheduler=self._scheduler(platform, max_model_len, is_multiprocess=is_multiprocess),
+            platform=platform,
+            dtype=dtypes.compute,
+            weight_dtype=dtypes.weights,
+            kv_cache_dtype=dtypes.kv_cache,
+            attention=attention,
+            attention_backend=self._attention_backend(model, attention, platform),
+            all_reduce_backend=self._all_reduce_backend(platform, devices),
+            data_parallel_size=self.data_parallel_size,
+            block_size=self.block_size,
+            num_pages=self.num_gpu_blocks_override,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            enable_prefix_caching=self.enable_prefix_caching and not model.cache_layout.states,
+            max_logprobs=min(self.max_logprobs, model.vocab_size),
+            seed=self.seed,
+            logits_processors=tuple(self.logits_processors or ()),
+            warmup=warmup,  # pyright: ignore[reportArgumentType]  (checked above)
+            num_lowering_processes=self.num_lowering_processes,
+        )
+        if self.max_model_len is None and platform == "cpu" and self.num_gpu_blocks_override is None:
+            config = _fitted_to_cpu(config)
+        return config
 
-        def make(max_model_len: int) -> EngineConfig:
-            return EngineConfig(
-                model=dataclasses.replace(model, max_model_len=max_model_len, cache_scales=is_scaled(dtypes.kv_cache)),
-                scheduler=SchedulerConfig(
-                    max_model_len=max_model_len,
-                    max_num_seqs=max_num_seqs,
-                    max_num_batched_tokens=self.max_num_batched_tokens or default_tokens,
-                    policy=self.scheduling_policy,  # pyright: ignore[reportArgumentType]  (checked there)
-                    enable_chunked_prefill=self.enable_chunked_prefill,
-                    long_prefill_token_threshold=self.long_prefill_token_threshold,
-                    async_scheduling=self.async_scheduling,
-                    # Processes that share the devices must plan alike, whatever their clocks say.
-                    num_scheduler_steps=self.num_scheduler_steps or (1 if is_cpu or is_multiprocess else None),
-                ),
-                platform=platform,
-                dtype=dtypes.compute,
-                weight_dtype=dtypes.weights,
-                kv_cache_dtype=dtypes.kv_cache,
-                attention=attention,
-                attention_backend=backend,
-                all_reduce_backend=self._all_reduce_backend(platform, devices),
-                data_parallel_size=self.data_parallel_size,
-                block_size=self.block_size,
-                num_pages=self.num_gpu_blocks_override,
-                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
-                gpu_memory_utilization=self.gpu_memory_utilization,
-                enable_prefix_caching=self.enable_prefix_caching and not model.cache_layout.states,
-                max_logprobs=min(self.max_logprobs, model.vocab_size),
-                seed=self.seed,
-                logits_processors=tuple(self.logits_processors or ()),
-                warmup=warmup,  # pyright: ignore[reportArgumentType]  (checked above)
-                num_lowering_processes=self.num_lowering_processes,
+    def _devices(self) -> list[Any]:
+        """Returns the devices of the engine.
+
+        Raises:
+            ValueError: There are too few, or processes that would have none.
+        """
+        import jax
+
+        num_devices = self.data_parallel_size * self.tensor_parallel_size
+        if num_devices > len(jax.devices()):
+            shards = f"data_parallel_size={self.data_parallel_size} x " if self.data_parallel_size > 1 else ""
+            raise ValueError(
+                f"{shards}tensor_parallel_size={self.tensor_parallel_size} needs {num_devices} devices: there are "
+                f"{len(jax.devices())} devices ({jax.devices()[0].platform})"
             )
+        if jax.process_count() > 1 and num_devices != len(jax.devices()):
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size} x tensor_parallel_size={self.tensor_parallel_size}: "
+                f"{jax.process_count()} processes must use all of their {len(jax.devices())} devices"
+            )
+        return jax.devices()[:num_devices]
 
-        if self.max_model_len is None and is_cpu and self.num_gpu_blocks_override is None:
-            # The cache is small: serve what it holds instead of refusing a model made for long contexts.
-            capacity = max_tokens_on_cpu(make(max_model_len))
-            if 2 <= capacity < max_model_len:
-                logger.warning(
-                    "max_model_len is %d, what the KV cache holds; the model allows %d: raise kv_cache_memory_bytes",
-                    capacity,
-                    max_model_len,
-                )
-                max_model_len = capacity
-        return make(max_model_len)
+    def _read_model(self, checkpoint: Checkpoint) -> ModelConfig:
+        """Returns the checkpoint's model over the devices, for sequences as long as it was made for.
+
+        Raises:
+            ValueError: The checkpoint does not describe a model, or `max_model_len` is longer.
+        """
+        from jaxengine.models.config import ModelConfig
+
+        with reading(checkpoint.path):
+            model = ModelConfig.from_hf(checkpoint.config)
+        check_size(checkpoint, model)
+        longest = model.max_position_embeddings
+        if self.max_model_len is not None and self.max_model_len > longest:
+            raise ValueError(f"max_model_len={self.max_model_len}: the model was made for at most {longest} tokens")
+        return dataclasses.replace(model, tensor_parallel_size=self.tensor_parallel_size)
+
+    def _scheduler(self, platform: str, max_model_len: int, *, is_multiprocess: bool) -> SchedulerConfig:
+        """Returns what bounds steps."""
+        is_cpu = platform == "cpu"
+        max_num_seqs = self.max_num_seqs or (64 if is_cpu else 256)
+        least = 0 if self.enable_chunked_prefill else max_model_len
+        return SchedulerConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens
+            or max(DEFAULT_STEP_TOKENS[platform], max_num_seqs, least),
+            policy=self.scheduling_policy,  # pyright: ignore[reportArgumentType]  (checked there)
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            async_scheduling=self.async_scheduling,
+            # Processes that share the devices must plan alike, whatever their clocks say.
+            num_scheduler_steps=self.num_scheduler_steps or (1 if is_cpu or is_multiprocess else None),
+        )
+
+    def _attention_backend(self, model: ModelConfig, attention: AttentionSpec, platform: str) -> str:
+        """Returns the implementation that runs the layers of all cache groups."""
+        from jaxengine.pallas_kernels.ragged_paged_attention import choose_implementation
+
+        groups = [group.attention(attention, model.tensor_parallel_size) for group in model.cache_layout.groups]
+        found = {choose_implementation(group, platform, self.attention_backend) for group in groups}
+        return "reference" if len(found) > 1 else found.pop()
 
     def _all_reduce_backend(self, platform: str, devices: list[Any] | None) -> str:
         """How the devices of a mesh, or of a planned one, add up what they share."""
@@ -257,3 +276,22 @@ class EngineArgs:
             )
             return "reference"
         return "mosaic_gpu" if devices is None else choose_implementation(devices)
+
+
+def _fitted_to_cpu(config: EngineConfig) -> EngineConfig:
+    """Returns a configuration for what the cache holds: it is small, and models are made for long contexts."""
+    from jaxengine.runner.memory import max_tokens_on_cpu
+
+    longest, capacity = config.scheduler.max_model_len, max_tokens_on_cpu(config)
+    if not 2 <= capacity < longest:
+        return config
+    logger.warning(
+        "max_model_len is %d, what the KV cache holds; the model allows %d: raise kv_cache_memory_bytes",
+        capacity,
+        longest,
+    )
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, max_model_len=capacity),
+        scheduler=dataclasses.replace(config.scheduler, max_model_len=capacity),
+    )
