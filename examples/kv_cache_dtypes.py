@@ -13,7 +13,7 @@ from typing import Any
 from jaxengine import LLM, SamplingParams
 
 DTYPES = ("bfloat16", "fp8", "int8")
-CHUNK, CHUNKS = 900, 4
+CHUNK, CHUNKS = 450, 6
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
@@ -29,7 +29,7 @@ PROMPTS = [
 def measure(model: str | None, dtype: str, text: str) -> tuple[list[float], list[int], list[list[int]]]:
     """Returns the log probability of each token of the text, the most likely token there, and greedy answers."""
     options: dict[str, Any] = {} if model is None else {"model": model}
-    with LLM(**options, kv_cache_dtype=dtype, max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=256) as llm:
+    with LLM(**options, kv_cache_dtype=dtype, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=256) as llm:
         tokens = llm.get_tokenizer().encode(text)
         chunks = [tokens[i * CHUNK : (i + 1) * CHUNK] for i in range(CHUNKS)]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)

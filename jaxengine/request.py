@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import enum
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -46,6 +47,18 @@ class RequestStatus(enum.Enum):
         self.is_finished = finish_reason is not None  # plain attributes: read for every row of every step
 
 
+def _plain_keys(keys: Iterable[Any]) -> tuple:
+    """Returns keys as they are before they are sent, which makes lists of tuples.
+
+    Raises:
+        ValueError: `repr` would not tell them apart.
+    """
+    for key in keys:
+        if not isinstance(key, (tuple, list)) and type(key) not in (int, str, bytes):
+            raise ValueError(f"extra_keys: {quote(key)}: must be made of ints, strings, bytes and tuples of them")
+    return tuple(_plain_keys(key) if isinstance(key, (tuple, list)) else key for key in keys)
+
+
 class RequestSpec(msgspec.Struct, eq=False, array_like=True):
     """What a caller asks for one prompt, with everything resolved. It is sent to the core's process as it is.
 
@@ -60,8 +73,8 @@ class RequestSpec(msgspec.Struct, eq=False, array_like=True):
         priority: Lower runs first; read by the "priority" policy only.
         arrival_time: Seconds on any clock; breaks ties between equal priorities.
         cache_salt: Requests share cached pages only with requests of the same salt.
-        extra_keys: Whatever else changes the keys and values of the same tokens (LoRA id, image hashes): ints, strings
-            and bytes. Mixed into the block hashes through `repr`.
+        extra_keys: Whatever else changes the keys and values of the same tokens (LoRA id, image hashes): ints, strings,
+            bytes, and tuples of them. Mixed into the block hashes through `repr`.
         grammar: What the output must match; None for anything.
 
     Raises:
@@ -80,9 +93,7 @@ class RequestSpec(msgspec.Struct, eq=False, array_like=True):
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        for key in self.extra_keys:
-            if type(key) not in (int, str, bytes):
-                raise ValueError(f"extra_keys: {quote(key)}: must be made of ints, strings and bytes")
+        self.extra_keys = _plain_keys(self.extra_keys)
 
     def completions(self) -> list[RequestSpec]:
         """Returns what is asked of each of the `n` completions; they share all lists and dicts.

@@ -346,8 +346,8 @@ def _ropes(hf: dict[str, Any], head_dim: int, max_position: int) -> tuple[RopeCo
     if FULL in params or SLIDING in params:
         local = params.get(SLIDING)
         params = params.get(FULL) or {}
-    elif hf.get("rope_local_base_freq") is not None:
-        local = {"rope_theta": hf["rope_local_base_freq"]}
+    if hf.get("rope_local_base_freq") is not None:  # beside both forms; what a layer type says of itself goes first
+        local = {"rope_theta": hf["rope_local_base_freq"]} | (local or {})
 
     def read(own: dict[str, Any]) -> RopeConfig:
         merged = {**outer, **{key: value for key, value in own.items() if value is not None}}

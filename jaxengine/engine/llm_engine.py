@@ -170,7 +170,9 @@ class LLMEngine(SyncCalls):
             self._outputs += self._step()
 
     def check_running(self) -> None:
-        """Raises EngineStateError if requests would only wait."""
+        """Raises EngineStateError if requests would only wait, RuntimeError if the engine has been shut down."""
+        if self._closed:
+            raise RuntimeError("the engine has been shut down")
         if self._controls.is_sleeping():
             raise EngineStateError("the engine sleeps: call wake_up() first")
         if self._controls.is_paused():

@@ -110,6 +110,8 @@ def test_forms_of_rope_parameters():
     old = ModelConfig.from_hf({**GEMMA_3_1B, "rope_scaling": {"rope_type": "linear", "factor": 8.0}})
     kinds = {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4}}
     assert ModelConfig.from_hf({**GEMMA_3_1B, "rope_parameters": kinds}) == old
+    for local in ({}, {SLIDING: {"rope_type": "default"}}):  # the local base stands beside, or is the family's own
+        assert ModelConfig.from_hf({**GEMMA_3_1B, "rope_parameters": {FULL: kinds[FULL]} | local}) == old
     assert old.layer_types[:7] == (*[SLIDING] * 5, FULL, SLIDING)
     full, local = old.layer_rope(5), old.layer_rope(0)
     assert full is not None

@@ -82,7 +82,7 @@ SPEC: dict[str, Any] = {
     "priority": -2,
     "arrival_time": 1e9 + 0.25,
     "cache_salt": "salt",
-    "extra_keys": (7, "adapter", b"\x00\xff"),
+    "extra_keys": (7, "adapter", b"\x00\xff", ("nested", (1,))),
     "grammar": Grammar("start: 'x'", 99),
 }
 PARAMS: dict[str, Any] = {
@@ -159,7 +159,7 @@ def test_both_sides_make_the_same_completions():
     assert [request.sampling_params.prompt_logprobs for request in theirs] == [1, None]
 
 
-@pytest.mark.parametrize("key", [1.5, None, True, ("a",), ["a"]])
+@pytest.mark.parametrize("key", [1.5, None, True, (1.5,), ["a", [None]]])
 def test_extra_keys_are_plain(key):
     with pytest.raises(ValueError, match="extra_keys"):
         RequestSpec("r", [1], SamplingParams(), 5, extra_keys=("a", key))
