@@ -19,6 +19,9 @@ from jaxengine.pallas_kernels.ragged_paged_attention.mosaic_gpu_write import wri
 # Fewer blocks than this are not worth a run of their own: merging costs about as much as reading two.
 MIN_BLOCKS_A_RUN = 2
 
+# The write copies a token's keys from shared memory at such multiples.
+ROW_BYTES = 128
+
 # Set by tests: Mosaic GPU's interpreter knows no product whose left side is in registers.
 OPERANDS_IN_SMEM = False
 
@@ -56,6 +59,12 @@ def check_support(spec) -> None:
     if spec.num_heads // spec.num_kv_heads > 16:
         raise NotImplementedError(
             f"{spec.num_heads} query heads for {spec.num_kv_heads} KV heads: more than 16 for one"
+        )
+    row_bytes = spec.num_kv_heads * padded_head_dim(spec.head_dim) * jnp.dtype(spec.cache_dtype).itemsize
+    if row_bytes % ROW_BYTES:  # as of an odd number of heads of 64 in 8 bits: the write would stop the device
+        raise NotImplementedError(
+            f"a cache in {spec.cache_dtype} with {spec.num_kv_heads} KV heads of {spec.head_dim}: a token's keys must "
+            f"be a multiple of {ROW_BYTES} bytes"
         )
     if spec.page_size not in (16, 32, 64, 128, 256):
         raise NotImplementedError(f"page_size {spec.page_size}; supported: 16, 32, 64, 128, 256")

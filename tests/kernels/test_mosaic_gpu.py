@@ -178,6 +178,11 @@ def test_plans_hold_every_block_once(seed, window):
         ({"head_dim": 288}, "head_dim 288"),
         ({"num_heads": 34, "num_kv_heads": 2}, "34 query heads for 2"),
         ({"page_size": 8}, "page_size 8"),
+        ({"cache_dtype": "int8", "num_kv_heads": 1}, "a cache in int8 with 1 KV heads of 64"),
+        (
+            {"cache_dtype": "float8_e4m3fn", "num_heads": 9, "num_kv_heads": 3},
+            "a cache in float8_e4m3fn with 3 KV heads of 64",
+        ),
     ],
 )
 def test_what_is_unsupported_is_named(change, named, caplog):
