@@ -1,17 +1,14 @@
 """What a cache of 8 bits costs: perplexity of a text, and how often the most likely token is another.
 
-    python examples/kv_cache_dtypes.py [--model MODEL] [--text FILE]
-
-With the default model it takes two minutes on two CPU cores.
+Run: python examples/kv_cache_dtypes.py (two minutes on two CPU cores)
 """
 
-import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 from jaxengine import LLM, SamplingParams
 
+TEXT = Path(__file__).parents[1] / "docs" / "architecture.md"
 DTYPES = ("bfloat16", "fp8", "int8")
 CHUNK, CHUNKS = 450, 6
 PROMPTS = [
@@ -26,10 +23,9 @@ PROMPTS = [
 ]
 
 
-def measure(model: str | None, dtype: str, text: str) -> tuple[list[float], list[int], list[list[int]]]:
+def measure(dtype: str, text: str) -> tuple[list[float], list[int], list[list[int]]]:
     """Returns the log probability of each token of the text, the most likely token there, and greedy answers."""
-    options: dict[str, Any] = {} if model is None else {"model": model}
-    with LLM(**options, kv_cache_dtype=dtype, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=256) as llm:
+    with LLM(kv_cache_dtype=dtype, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=256) as llm:
         tokens = llm.get_tokenizer().encode(text)
         chunks = [tokens[i * CHUNK : (i + 1) * CHUNK] for i in range(CHUNKS)]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
@@ -51,13 +47,9 @@ def same_prefix(answer: list[int], other: list[int]) -> int:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="default: the model that comes along")
-    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "docs" / "architecture.md")
-    args = parser.parse_args()
-    results = {dtype: measure(args.model, dtype, args.text.read_text(encoding="utf-8")) for dtype in DTYPES}
+    results = {dtype: measure(dtype, TEXT.read_text(encoding="utf-8")) for dtype in DTYPES}
     _, best, answers = results[DTYPES[0]]
-    print(f"{len(best)} tokens of {args.text.name}; {len(PROMPTS)} greedy answers of 64 tokens")
+    print(f"{len(best)} tokens of {TEXT.name}; {len(PROMPTS)} greedy answers of 64 tokens")
     print(f"{'kv_cache_dtype':<15} {'perplexity':>10} {'same token':>11} {'same beginning':>15}")
     for dtype, (logprobs, own_best, own_answers) in results.items():
         perplexity = math.exp(-sum(logprobs) / len(logprobs))

@@ -43,13 +43,17 @@ def small_engines(monkeypatch, smollm2, tiny):
 
 IN_PROCESSES = "data_parallel.py"
 WITH_RAY = "ray_batch.py"  # tests/engine/test_ray.py
+MEASURES = "kv_cache_dtypes.py"  # thousands of tokens, three times
 TRAINS = "reinforce.py"  # it changes the weights of its engine
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for p in EXAMPLES.glob("*.py") if p.name not in (IN_PROCESSES, WITH_RAY, TRAINS)),
-    ids=lambda path: path.name,
+    [
+        pytest.param(path, id=path.name, marks=pytest.mark.slow if path.name == MEASURES else ())
+        for path in sorted(EXAMPLES.glob("*.py"))
+        if path.name not in (IN_PROCESSES, WITH_RAY, TRAINS)
+    ],
 )
 def test_script_runs(path, small_engines, capsys):
     runpy.run_path(str(path), run_name="__main__")
